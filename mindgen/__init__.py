@@ -1,0 +1,1 @@
+"""Large language models over many devices, from the weights people have."""

@@ -1,0 +1,102 @@
+"""Command-line flags from the fields of dataclasses, and back."""
+
+from __future__ import annotations
+
+import argparse
+import types
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Config = TypeVar("Config")
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes flags by their whole names only, and raises ValueError where argparse would exit."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> Any:
+        raise ValueError(f"{message}; {self.prog} --help lists what there is")
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
+    """One flag for every field of a configuration, with the help and the names that the field states."""
+    group = parser.add_argument_group((config.__doc__ or config.__name__).split(". ")[0].rstrip("."))
+    hints = get_type_hints(config)
+    for item in fields(config):
+        names = item.metadata.get("flags") or ("--" + item.name.replace("_", "-"),)
+        group.add_argument(*names, dest=item.name, default=None, **_kind(item, hints[item.name]))
+
+
+def from_flags(config: type[Config], parsed: argparse.Namespace, **replaced: Any) -> Config:
+    """The configuration that a parsed command line states; `replaced` overrides single fields."""
+    values = {item.name: getattr(parsed, item.name) for item in fields(config)}  # type: ignore[arg-type]
+    given = {name: value for name, value in values.items() if value is not None}
+    return config(**given | replaced)
+
+
+def _default(item: Field[Any]) -> Any:
+    return None if item.default is MISSING else item.default
+
+
+def _kind(item: Field[Any], hint: Any) -> dict[str, Any]:
+    """What argparse needs to know of a field: its type, how often it may come, what to say of it."""
+    options: dict[str, Any] = {"help": _help(item)}
+    options |= {name: item.metadata[name] for name in ("choices", "metavar") if name in item.metadata}
+    hint = _without_none(hint)
+    if hint is bool:
+        return options | {"action": argparse.BooleanOptionalAction}
+    if "choices" not in options:
+        options.setdefault("metavar", {int: "N", float: "X"}.get(hint, "TEXT"))
+    if get_origin(hint) is tuple:
+        element = get_args(hint)[0]
+        style = item.metadata.get("style", "commas")
+        if style == "repeat":
+            return options | {"action": _Append, "type": _number(element)}
+        if style == "several":
+            return options | {"nargs": "+", "action": _Append, "type": _number(element)}
+        return options | {"type": _commas(element)}
+    return options | {"type": _number(hint)}
+
+
+def _help(item: Field[Any]) -> str:
+    text = str(item.metadata.get("help", "")).replace("%", "%%")
+    default = _default(item)
+    said = "default" in text or default in (None, "", ()) or isinstance(default, bool)
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    return text if said else f"{text} (default: {shown})"
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(kind for kind in get_args(hint) if kind is not type(None))
+    return hint
+
+
+def _number(kind: type) -> Callable[[str], Any]:
+    """argparse names the type in its message by this function's name."""
+    words = {int: "whole number", float: "number", str: "text"}
+
+    def parse(text: str) -> Any:
+        return kind(text)
+
+    parse.__name__ = words[kind]
+    return parse
+
+
+def _commas(kind: type) -> Callable[[str], tuple[Any, ...]]:
+    def parse(text: str) -> tuple[Any, ...]:
+        return tuple(kind(part) for part in text.split(","))
+
+    parse.__name__ = "comma-separated list"
+    return parse
+
+
+class _Append(argparse.Action):
+    """Collects into a tuple, also over repeated flags."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        added = tuple(values) if isinstance(values, list) else (values,)
+        setattr(namespace, self.dest, (getattr(namespace, self.dest) or ()) + added)

@@ -1,0 +1,158 @@
+"""One rank's part of a step. Rank 0 launches, the other ranks follow; nobody else decides anything.
+
+Control is a header (kind of message, length) and a packed batch. It goes from rank 0 to its tensor group by broadcast,
+and from each rank to the same tensor rank of the next stage, ahead of the hidden states. Results go from the last
+stage's tensor rank 0 back to rank 0. Waiting for another stage has no deadline, because a stage computes for as long
+as its device needs; that the ranks are alive is the watchdog's to see.
+
+Legend: T tokens in the step, R sampled rows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mindgen.device import sampling_device
+from mindgen.engine.batch import Batch
+from mindgen.engine.kv_cache import KVCache
+from mindgen.engine.results import row_width
+from mindgen.engine.sampler import sample
+from mindgen.parallel.group import FOREVER
+from mindgen.parallel.world import World
+
+_STEP, _STOP = 1, 2
+
+
+class Stage(Protocol):
+    """The layers of one pipeline stage on one tensor rank."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def forward(self, inputs: Tensor, context: Any) -> Tensor:
+        """Token ids [T] (first stage) or hidden states [T, hidden] in, hidden states [T, hidden] out."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, hidden] to [R, vocab] float32; last stage only, on all its tensor ranks together."""
+        ...
+
+
+class Attention(Protocol):
+    """An attention backend."""
+
+    def prepare(self, batch: Batch, cache: KVCache | None) -> Any:
+        """What `Stage.forward` takes as context."""
+        ...
+
+
+class Runner:
+    """Computes steps on one rank. `cache` is None where every step computes whole sequences."""
+
+    def __init__(
+        self, model: Stage, cache: KVCache | None, backend: Attention, world: World, device: torch.device
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.backend = backend
+        self.world = world
+        self.device = device
+        self._launched: deque[Batch] = deque()  # rank 0: steps whose results are not collected
+        self._results: deque[Tensor] = deque()  # where rank 0 is the last stage too
+
+    def launch(self, batch: Batch) -> None:
+        """Rank 0: start a step. Returns when this stage's part is done; the other stages go on by themselves."""
+        self._launched.append(batch)
+        self._tell(_STEP, batch.pack())
+        self._compute(batch)
+
+    def collect(self) -> Tensor:
+        """Rank 0: the result rows [R, width] of the oldest step launched; waits for them."""
+        batch = self._launched.popleft()
+        if self._is_last:
+            return self._results.popleft()
+        rows = torch.empty(_result_shape(batch), dtype=torch.float64)
+        return self.world.pp.receive(rows, source=self.world.pp.size - 1, timeout=FOREVER)[: len(batch.samples)]
+
+    def stop(self) -> None:
+        """Rank 0: end the `follow` of all other ranks."""
+        self._tell(_STOP, torch.empty(0, dtype=torch.int64))
+
+    def follow(self) -> None:
+        """The other ranks: take part in every step until rank 0 says stop."""
+        while (packed := self._hear()) is not None:
+            self._compute(Batch.unpack(packed))
+
+    @property
+    def _is_first(self) -> bool:
+        return self.world.topology.is_first_stage
+
+    @property
+    def _is_last(self) -> bool:
+        return self.world.topology.is_last_stage
+
+    def _tell(self, kind: int, packed: Tensor) -> None:
+        header = torch.tensor([kind, len(packed)], dtype=torch.int64)
+        for part in (header, packed)[: 1 + (kind == _STEP)]:
+            self.world.tp.broadcast(part)
+            self._pass_on(part)
+
+    def _hear(self) -> Tensor | None:
+        """The next packed batch, already passed on to the next stage; None to stop. Waits as long as rank 0 idles."""
+        kind, length = self._next_part(2).tolist()
+        return self._next_part(length) if kind == _STEP else None
+
+    def _next_part(self, length: int) -> Tensor:
+        part = torch.empty(length, dtype=torch.int64)
+        if self._is_first:
+            self.world.tp.broadcast(part, timeout=FOREVER)
+        else:
+            self.world.pp.receive(part, source=self.world.pp.rank - 1, timeout=FOREVER)
+        self._pass_on(part)
+        return part
+
+    def _pass_on(self, tensor: Tensor) -> None:
+        if not self._is_last:
+            self.world.pp.send(tensor, destination=self.world.pp.rank + 1)
+
+    @torch.inference_mode()
+    def _compute(self, batch: Batch) -> None:
+        if self.cache is not None:
+            self.cache.copy(batch.copies)
+        inputs = batch.tokens.to(self.device) if self._is_first else self._receive_hidden(batch.num_tokens)
+        context = self.backend.prepare(batch, self.cache)
+        hidden = self.model.forward(inputs, context)
+        if self._is_last:
+            self._finish(hidden, batch)
+        else:
+            self._pass_on(hidden)
+
+    def _receive_hidden(self, num_tokens: int) -> Tensor:
+        hidden = torch.empty(num_tokens, self.model.hidden_size, dtype=self.model.dtype, device=self.device)
+        return self.world.pp.receive(hidden, source=self.world.pp.rank - 1, timeout=FOREVER)
+
+    def _finish(self, hidden: Tensor, batch: Batch) -> None:
+        """The last stage: logits on all tensor ranks, tokens on the first of them, back to rank 0."""
+        rows = torch.zeros(_result_shape(batch), dtype=torch.float64)
+        if len(batch.samples):
+            logits = self.model.logits(hidden[batch.sample_rows.to(hidden.device)])
+            if self.world.tp.rank == 0:
+                rows = sample(logits.to(sampling_device(logits.device)), batch.samples)
+        if self.world.tp.rank:
+            return
+        if self._is_first:
+            self._results.append(rows[: len(batch.samples)])
+        else:
+            self.world.pp.send(rows, destination=0)
+
+
+def _result_shape(batch: Batch) -> tuple[int, int]:
+    """At least one row, so that a step without samples is answered too and the pipeline keeps its pace."""
+    return max(1, len(batch.samples)), row_width(batch.samples.most_top)

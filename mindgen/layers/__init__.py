@@ -1,0 +1,1 @@
+"""Layers: modules built from a row and a tensor-parallel group."""

@@ -1,0 +1,23 @@
+"""RMSNorm (Zhang and Sennrich 2019), computed in float32 and rounded before the weight, as transformers does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mindgen.layers.linear import empty_parameter
+from mindgen.weights.rows import Row
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension."""
+
+    def __init__(self, row: Row, sizes: dict[str, int], epsilon: float, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.weight = empty_parameter(row, sizes, dtype, device)
+        self.epsilon = epsilon
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        wide = inputs.float()
+        normalised = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
+        return self.weight * normalised.to(inputs.dtype)

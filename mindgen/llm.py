@@ -1,0 +1,126 @@
+"""A rank made ready: weights loaded, cache allocated, the engine on rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from mindgen.attention.backend import choose_backend
+from mindgen.config import PRECISIONS, EngineConfig
+from mindgen.device import free_memory
+from mindgen.engine.blocks import BlockPool
+from mindgen.engine.engine import Engine
+from mindgen.engine.kv_cache import KVCache, block_bytes
+from mindgen.engine.request import MOST_SAMPLES
+from mindgen.engine.runner import Runner
+from mindgen.engine.scheduler import Scheduler
+from mindgen.model.build import build_stage
+from mindgen.model.decoder import Decoder
+from mindgen.parallel.world import World
+from mindgen.spec import ModelSpec
+from mindgen.text.tokenizer import Tokenizer
+from mindgen.weights.load import load_weights
+from mindgen.weights.source import Source
+
+_SHARE_OF_CPU = 0.3  # of the free memory; the rest belongs to other programs
+_SHARE_OF_DEVICE = 0.9
+_MOST_SEQUENCES = MOST_SAMPLES  # in progress; a cache that holds this many of the longest is large enough
+
+Made = TypeVar("Made")
+
+
+def computing_dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
+    """The precision of weights and computation."""
+    dtype: torch.dtype = getattr(torch, PRECISIONS[config.dtype] if config.dtype else spec.dtype)
+    return dtype
+
+
+def make_runner(config: EngineConfig, source: Source, world: World, device: torch.device, local_ranks: int) -> Runner:
+    """Loads this rank's part of the model and gives it a cache.
+
+    A collective. Raises RankError on all ranks, with the first one's reason, if any rank cannot be made ready.
+    """
+    _together(world, lambda: source.check() if world.topology.rank == 0 else None)
+    model = _together(world, lambda: _load(config, source, world, device))
+    cache = None
+    if config.use_kv_cache:
+        blocks = _num_blocks(config, source.spec, model, world, local_ranks)
+        sizes = (blocks, config.block_size, model.num_kv_heads, model.head_dim)
+        cache = _together(world, lambda: KVCache(model.num_layers, *sizes, model.dtype, device))
+    return Runner(model, cache, choose_backend(config.attention, source.spec.sliding_window), world, device)
+
+
+def describe_cache(runner: Runner) -> str:
+    """One line on how much fits into a rank's cache."""
+    cache = runner.cache
+    if cache is None:
+        return "no cache: every step computes its sequences anew"
+    gib = sum(memory.nbytes for memory in (*cache.keys, *cache.values)) / 2**30
+    tokens = cache.num_blocks * cache.block_size
+    return f"cache: {cache.num_blocks} blocks of {cache.block_size} = {tokens} tokens, {gib:.2f} GiB a rank"
+
+
+def make_engine(
+    config: EngineConfig, spec: ModelSpec, runner: Runner, tokenizer: Tokenizer | None, end_ids: tuple[int, ...]
+) -> Engine:
+    """The engine of rank 0 over its runner."""
+    pool = None if runner.cache is None else BlockPool(runner.cache.num_blocks, runner.cache.block_size)
+    scheduler = Scheduler(
+        pool,
+        max_batch_tokens=config.max_batch_tokens,
+        num_stages=config.pipeline_parallel_size,
+        max_sequences=_MOST_SEQUENCES,
+        max_positions=spec.max_positions,
+    )
+    return Engine(scheduler, runner, tokenizer, end_ids, spec.vocab_size)
+
+
+def _together(world: World, make: Callable[[], Made]) -> Made:
+    """What `make` gives, once it went well on all ranks; RankError on all of them if it did not on one."""
+    made, error = None, None
+    try:
+        with world.loading():
+            made = make()
+    except (ValueError, OSError, MemoryError, RuntimeError) as problem:
+        if isinstance(problem, RuntimeError) and not _is_memory(problem):
+            raise
+        error = str(problem) or type(problem).__name__
+        if _is_memory(problem):
+            error = f"not enough memory: {error.splitlines()[0]}; use more ranks, or less --kv-cache-memory"
+    world.agree(error)
+    return made  # type: ignore[return-value]
+
+
+def _is_memory(problem: Exception) -> bool:
+    return isinstance(problem, MemoryError | torch.OutOfMemoryError) or "allocate" in str(problem)
+
+
+def _load(config: EngineConfig, source: Source, world: World, device: torch.device) -> Decoder:
+    topology, dtype = world.topology, computing_dtype(config, source.spec)
+    model = build_stage(source.spec, topology, world.tp, dtype, device, config.num_layer_list)
+    load_weights(model, source, topology, config.num_layer_list, progress=topology.rank == 0)
+    return model.eval()
+
+
+def _num_blocks(config: EngineConfig, spec: ModelSpec, model: Decoder, world: World, local_ranks: int) -> int:
+    """Sizes the pool by memory; all ranks take the smallest. ValueError if not one block fits. A collective."""
+    bytes_each = block_bytes(model.num_layers, config.block_size, model.num_kv_heads, model.head_dim, model.dtype)
+    mine = torch.tensor([int(_cache_memory(config, model.device, local_ranks) // bytes_each)])
+    smallest = int(world.everyone.all_gather(mine, dim=0).min())
+    if smallest < 1:
+        raise ValueError(
+            f"no room for one cache block of {bytes_each / 2**20:.1f} MiB; "
+            "raise --kv-cache-memory or lower --block-size"
+        )
+    return min(smallest, _MOST_SEQUENCES * -(-spec.max_positions // config.block_size))
+
+
+def _cache_memory(config: EngineConfig, device: torch.device, local_ranks: int) -> float:
+    """Bytes that this rank may use."""
+    if config.kv_cache_memory is not None:
+        return config.kv_cache_memory * 2**30
+    if device.type == "cpu":
+        return free_memory(device) * _SHARE_OF_CPU / local_ranks
+    return free_memory(device) * _SHARE_OF_DEVICE

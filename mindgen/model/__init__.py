@@ -1,0 +1,1 @@
+"""The decoder, and its construction from a spec and rows."""

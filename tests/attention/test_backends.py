@@ -1,0 +1,116 @@
+"""Every backend against the reference: decodes, prompts, chunks and their mixture, with and without a window."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mindgen.attention.backend import BACKENDS, choose_backend
+from mindgen.engine.kv_cache import KVCache
+
+HEADS, KV_HEADS, HEAD_DIM, BLOCK = 6, 2, 8, 4
+# (queries of this step, tokens of context) of each sequence
+MIXES = {
+    "prompts": [(5, 5), (1, 1), (9, 9)],
+    "decodes": [(1, 6), (1, 17), (1, 1), (1, 8)],
+    "chunk": [(3, 11)],
+    "mixed": [(1, 9), (7, 7), (4, 10), (1, 3)],
+}
+
+
+def make_cache(seed: int) -> KVCache:
+    cache = KVCache(1, 40, BLOCK, KV_HEADS, HEAD_DIM, torch.float32, "cpu")
+    generator = torch.Generator().manual_seed(seed)
+    for memory in cache.keys + cache.values:
+        memory.copy_(torch.randn(memory.shape, generator=generator))
+        memory[0] = float("nan")  # a block that nobody owns
+    return cache
+
+
+def make_batch(mix: list[tuple[int, int]]) -> Any:
+    """Sequences on scattered blocks of their own, tables filled up with block 0."""
+    free = torch.randperm(39, generator=torch.Generator().manual_seed(1)).add(1).tolist()
+    tables = [[free.pop() for _ in range(-(-length // BLOCK))] for _, length in mix]
+    width = max(map(len, tables))
+    positions = [range(length - count, length) for count, length in mix]
+    slots = [
+        table[p // BLOCK] * BLOCK + p % BLOCK for table, places in zip(tables, positions, strict=True) for p in places
+    ]
+    starts = torch.tensor([0] + [count for count, _ in mix]).cumsum(0)
+    return SimpleNamespace(
+        positions=torch.tensor([p for places in positions for p in places]),
+        slots=torch.tensor(slots),
+        query_starts=starts,
+        context_lens=torch.tensor([length for _, length in mix]),
+        block_tables=torch.tensor([table + [0] * (width - len(table)) for table in tables]),
+    )
+
+
+def attend(name: str, mix: list[tuple[int, int]], window: int | None, cached: bool = True) -> torch.Tensor:
+    batch = make_batch(mix)
+    generator = torch.Generator().manual_seed(2)
+    tokens = int(batch.query_starts[-1])
+    query = torch.randn(40, HEADS, HEAD_DIM, generator=generator)[:tokens]
+    key, value = torch.randn(2, 40, KV_HEADS, HEAD_DIM, generator=generator)[:, :tokens]
+    context = choose_backend(name, window).prepare(batch, make_cache(0) if cached else None)
+    return context.attend(0, query, key, value)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("mix", list(MIXES))
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+def test_matches_the_reference(name: str, mix: str, window: int | None) -> None:
+    torch.testing.assert_close(attend(name, MIXES[mix], window), attend("reference", MIXES[mix], window))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_sequence_gets_the_same_in_a_crowd_as_alone(name: str) -> None:
+    crowd = attend(name, [(5, 5), (1, 6)], None)
+    torch.testing.assert_close(crowd[:5], attend(name, [(5, 5)], None), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_without_a_cache_it_sees_the_batch_alone(name: str) -> None:
+    prompts = MIXES["prompts"]
+    torch.testing.assert_close(attend(name, prompts, None, cached=False), attend("reference", prompts, None))
+
+
+def test_the_reference_is_softmax_attention() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 4, 1, HEAD_DIM)
+    batch = SimpleNamespace(
+        positions=torch.arange(4),
+        slots=torch.arange(0),
+        query_starts=torch.tensor([0, 4]),
+        context_lens=torch.tensor([4]),
+        block_tables=torch.empty(1, 0, dtype=torch.int64),
+    )
+    weights = torch.exp(query[:, 0] @ key[:, 0].T / HEAD_DIM**0.5).tril()
+    expected = (weights / weights.sum(1, keepdim=True)) @ value[:, 0]
+    ours = choose_backend("reference", None).prepare(batch, None).attend(0, query, key, value)  # type: ignore[arg-type]
+    torch.testing.assert_close(ours[:, 0], expected)
+
+
+def test_an_unknown_backend_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="'flsh'; choose one of auto, sdpa, reference"):
+        choose_backend("flsh", None)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_large_keys_lose_no_precision_in_bfloat16(name: str) -> None:
+    """Keys with a common offset, as large biases give them: scores must not be rounded before they are scaled."""
+    batch, cache = make_batch(MIXES["decodes"]), make_cache(0)
+    generator = torch.Generator().manual_seed(4)
+    query = torch.randn(4, HEADS, HEAD_DIM, generator=generator) + 10
+    key, value = torch.randn(2, 4, KV_HEADS, HEAD_DIM, generator=generator)
+    low = KVCache(1, 40, BLOCK, KV_HEADS, HEAD_DIM, torch.bfloat16, "cpu")
+    for wide, narrow in zip(cache.keys + cache.values, low.keys + low.values, strict=True):
+        narrow.copy_(wide + 10 if wide is cache.keys[0] else wide)
+        wide.copy_(narrow)
+    parts = [part.bfloat16() for part in (query, key + 10, value)]
+    exact = choose_backend("reference", None).prepare(batch, cache).attend(0, *(part.float() for part in parts))
+    ours = choose_backend(name, None).prepare(batch, low).attend(0, *parts)
+    assert (ours.float() - exact).abs().max() < 0.05

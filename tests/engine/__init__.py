@@ -1,0 +1,1 @@
+"""The engine, against runners that need no model."""

@@ -1,0 +1,365 @@
+"""The engine against a fake runner: every request gets its own answer, whatever goes on beside it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mindgen.engine.engine import Engine
+from mindgen.engine.request import Output, Request, SamplingParams, derive_seed
+from mindgen.engine.transcript import TextTools
+from mindgen.text.stream import StopMatcher
+from tests.engine.fakes import (
+    LETTERS,
+    VOCAB,
+    Letters,
+    check_all_free,
+    hashed_logits,
+    make_engine,
+    reasons,
+    run,
+    token_ids,
+)
+from tests.engine.test_sampler import tokens as drawn_tokens
+
+EOS = (3, 5)
+
+
+def scripted(script: str, num_prompt: int = 1):
+    """A model that says `script`."""
+
+    def logits(contexts: list[list[int]]) -> torch.Tensor:
+        rows = torch.zeros(len(contexts), 26)
+        for row, context in zip(rows, contexts, strict=True):
+            row[ord(script[len(context) - num_prompt]) - 97] = 9.0
+        return rows
+
+    return logits
+
+
+def say(script: str, tools: TextTools = LETTERS, eos: str = "", **options) -> list[Output]:
+    """What comes out when the model says `script`."""
+    engine = make_engine(scripted(script), eos_ids=[ord(letter) - 97 for letter in eos], tools=tools)
+    params = SamplingParams(temperature=0.0, max_new_tokens=options.pop("max_new_tokens", len(script)), **options)
+    return run(engine, Request(0, (7,), params))
+
+
+def text(outputs: list[Output]) -> str:
+    return "".join(output.text for output in outputs)
+
+
+def letters(outputs: list[Output]) -> str:
+    return "".join(chr(97 + token) for output in outputs for token in output.token_ids)
+
+
+# How an answer ends
+
+
+def test_an_answer_ends_at_its_length():
+    outputs = say("hello", max_new_tokens=4)
+    assert (text(outputs), letters(outputs), outputs[-1].finish_reason) == ("hell", "hell", "length")
+    assert [output.text for output in outputs] == list("hell")
+
+
+def test_an_end_token_is_in_the_ids_and_not_in_the_text():
+    outputs = say("helloxyz", eos="zx")
+    assert (text(outputs), letters(outputs), outputs[-1].finish_reason) == ("hello", "hellox", "eos")
+
+
+def test_an_end_token_can_be_ignored():
+    outputs = say("helloxyz", eos="zx", ignore_eos=True)
+    assert (text(outputs), outputs[-1].finish_reason) == ("helloxyz", "length")
+
+
+def test_a_stop_token_ends_as_an_end_token_does():
+    outputs = say("helloxyz", stop_token_ids=(ord("o") - 97,))
+    assert (text(outputs), letters(outputs), outputs[-1].finish_reason) == ("hell", "hello", "stop")
+
+
+def test_text_stops_before_a_stop_string_and_is_never_half_printed():
+    outputs = say("abcabdefg", stop=("abd", "zz"))
+    assert (text(outputs), letters(outputs), outputs[-1].finish_reason) == ("abc", "abcabd", "stop")
+    assert all("abc".startswith(text(outputs[:count])) for count in range(len(outputs)))
+
+
+def test_what_looked_like_a_stop_string_comes_out_at_the_end():
+    assert text(say("xxab", stop=("abc",))) == "xxab"
+    assert text(say("xxabz", stop=("abc",), eos="z")) == "xxab"
+
+
+def test_a_stop_string_completed_by_the_very_last_token_counts():
+    outputs = say("xxabc", stop=("abc",))
+    assert (text(outputs), outputs[-1].finish_reason) == ("xx", "stop")
+
+
+def test_text_that_the_detokenizer_holds_comes_out_at_the_end():
+    tools = TextTools(lambda: Letters(held="o"), StopMatcher)
+    assert text(say("hello", tools)) == "hello"
+    outputs = say("hello", tools, stop=("o",))
+    assert (text(outputs), outputs[-1].finish_reason) == ("hell", "stop")
+    outputs = say("hellobc", tools, stop=("lobcd", "o"))  # only the end decides which of the two it is
+    assert (text(outputs), outputs[-1].finish_reason) == ("hell", "stop")
+
+
+def test_stop_strings_need_a_tokenizer():
+    with pytest.raises(ValueError, match="tokenizer"):
+        make_engine().submit(Request(0, (1,), SamplingParams(stop=("x",))))
+
+
+def test_log_probabilities_come_with_their_token():
+    outputs = say("ab", logprobs=2)
+    (first,), (second,) = (output.logprobs for output in outputs)
+    expected = float(torch.tensor([9.0] + [0.0] * 25).log_softmax(0)[0])
+    assert (first.token_id, second.token_id) == (0, 1)
+    assert first.logprob == pytest.approx(expected) == first.top[0][1]
+    assert first.top[0][0] == 0 and len(first.top) == 2
+    assert say("a")[0].logprobs is None
+    assert say("a", logprobs=0)[0].logprobs[0].top == ()
+
+
+def test_prompts_outside_the_vocabulary_are_refused():
+    engine = make_engine()
+    engine.vocab_size = VOCAB
+    for token in (-1, VOCAB):
+        with pytest.raises(ValueError, match=f"token id {token}; .* 0 to {VOCAB - 1}"):
+            engine.submit(Request(0, (1, token)))
+    assert not engine.has_work
+
+
+# Errors of the model stay with their request
+
+
+def spoilt_for(prompt: int):
+    def logits(contexts: list[list[int]]) -> torch.Tensor:
+        rows = hashed_logits(contexts)
+        for row, context in zip(rows, contexts, strict=True):
+            if context[0] == prompt and len(context) >= 4:
+                row[1] = math.nan
+        return rows
+
+    return logits
+
+
+@pytest.mark.parametrize("options", [{}, {"n": 3}, {"num_beams": 2, "n": 2}])
+def test_logits_that_are_nan_end_their_request_and_no_other(options):
+    params = SamplingParams(max_new_tokens=8, seed=1)
+    neighbours = [Request(1, (8, 9), params), Request(2, (4,), replace(params, num_beams=2))]
+    outputs = run(make_engine(spoilt_for(6)), Request(0, (6, 1), replace(params, **options)), *neighbours)
+    mine = [output for output in outputs if output.request_id == 0 and output.finish_reason]
+    assert [output.finish_reason for output in mine] == ["error"] * options.get("n", 1)
+    assert all("NaN" in (output.message or "") and "position 4" in (output.message or "") for output in mine)
+    calm = run(make_engine(), *neighbours)
+    assert [output for output in outputs if output.request_id] == calm
+
+
+# Nobody sees a neighbour
+
+
+def plain(request: Request, index: int = 0) -> tuple[int, ...]:
+    """One sample, token by token, without any engine."""
+    seed = derive_seed(request.params.seed or 0, index)
+    params = replace(request.params, n=1, seed=seed, max_new_tokens=999)
+    tokens = list(request.prompt)
+    while len(tokens) < len(request.prompt) + request.params.max_new_tokens:
+        (token,) = drawn_tokens(hashed_logits([tokens]), (params, tuple(tokens)))
+        assert token is not None
+        tokens.append(token)
+        if token in params.stop_token_ids or (token in EOS and not params.ignore_eos):
+            break
+    return tuple(tokens[len(request.prompt) :])
+
+
+def expected(request: Request) -> dict[tuple[int, int], tuple[int, ...]]:
+    """The tokens of every sequence of a request."""
+    if request.params.num_beams > 1:
+        return token_ids(run(make_engine(cache=False, eos_ids=EOS), request))
+    return {(request.id, index): plain(request, index) for index in range(request.params.n)}
+
+
+options = st.fixed_dictionaries(
+    {"max_new_tokens": st.integers(1, 9), "seed": st.integers(0, 2**64 - 1)},
+    optional={
+        "temperature": st.sampled_from([0.0, 0.7, 2.0]),
+        "top_k": st.integers(0, 9),
+        "top_p": st.sampled_from([0.3, 0.9]),
+        "repetition_penalty": st.sampled_from([0.5, 1.5]),
+        "stop_token_ids": st.just((1, 2)),
+        "ignore_eos": st.booleans(),
+        "n": st.integers(1, 3),
+        "num_beams": st.integers(1, 4),
+    },
+)
+prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=14).map(tuple)
+limits = st.fixed_dictionaries(
+    {
+        "num_blocks": st.sampled_from([30, 44, 100]),
+        "block_size": st.sampled_from([2, 3, 4, 16]),
+        "cache": st.sampled_from([True, True, True, False]),
+        "max_batch_tokens": st.integers(4, 30),
+        "num_stages": st.integers(1, 4),
+        "max_sequences": st.sampled_from([4, 7, 256]),
+    }
+)
+
+
+def make_request(number: int, prompt: tuple[int, ...], chosen: dict) -> Request:
+    if chosen.get("num_beams", 1) > 1:
+        chosen = chosen | {"n": min(chosen.get("n", 1), chosen["num_beams"])}
+    return Request(number, prompt, SamplingParams(**chosen))
+
+
+def check_blocks(engine: Engine) -> None:
+    """Free and used blocks add up, shared ones are known as shared, and nobody holds more than is needed."""
+    pool = engine.scheduler.pool
+    if pool is None:
+        return
+    owners = Counter(block for sequence in engine.scheduler.sequences for block in sequence.blocks)
+    assert pool.num_used == len(owners) == pool.num_blocks - pool.num_free
+    assert all(pool.is_shared(block) == (count > 1) for block, count in owners.items())
+    for sequence in engine.scheduler.sequences:
+        assert len(sequence.blocks) == len(set(sequence.blocks)) <= pool.blocks_for(len(sequence.tokens))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.tuples(prompts, options, st.integers(0, 6)), min_size=1, max_size=6), limits)
+def test_an_answer_depends_on_its_request_alone(asked, limits):
+    engine = make_engine(eos_ids=EOS, **limits)
+    arrivals = [(turn, make_request(number, prompt, chosen)) for number, (prompt, chosen, turn) in enumerate(asked)]
+    outputs, turn = [], 0
+    while engine.has_work or turn <= 6:
+        for request in [request for when, request in arrivals if when == turn]:
+            engine.submit(request)
+        outputs += engine.step()
+        check_blocks(engine)
+        turn += 1
+        assert turn < 500, "a request never ends"
+    check_all_free(engine)
+    wanted = {key: tokens for _, request in arrivals for key, tokens in expected(request).items()}
+    assert token_ids(outputs) == wanted
+    assert reasons(outputs).keys() == wanted.keys()
+    assert all(
+        len(batch.tokens) <= limits["max_batch_tokens"] or not limits["cache"] for batch in engine.runner.batches
+    )
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.tuples(prompts, options, st.integers(0, 5), st.integers(0, 9)), min_size=1, max_size=5),
+    limits,
+    st.booleans(),
+)
+def test_an_abort_at_any_moment_returns_every_block_and_harms_nobody(asked, limits, all_of_them):
+    engine = make_engine(eos_ids=EOS, **limits)
+    requests = [make_request(number, prompt, chosen) for number, (prompt, chosen, _, _) in enumerate(asked)]
+    outputs, turn = [], 0
+    while engine.has_work or turn < 10:
+        for request, (_, _, arrival, end) in zip(requests, asked, strict=True):
+            if turn == arrival:
+                engine.submit(request)
+            if turn == arrival + end and (all_of_them or request.id % 2):
+                engine.abort(request.id)
+        outputs += engine.step()
+        check_blocks(engine)
+        turn += 1
+        assert turn < 500, "a request never ends"
+    check_all_free(engine)
+    ended, tokens = reasons(outputs), token_ids(outputs)
+    for request in requests:
+        for key, wanted in expected(request).items():
+            cut = ended[key] == "abort"
+            assert tokens[key] == (wanted[: len(tokens[key])] if cut else wanted)
+            assert not cut or all_of_them or request.id % 2
+
+
+@pytest.mark.parametrize("options", [{}, {"n": 2}, {"num_beams": 3, "n": 2}])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4])
+def test_an_abort_in_flight_keeps_the_blocks_until_the_step_is_back(options, num_steps):
+    engine = make_engine(num_stages=2)
+    for number in range(2):
+        engine.submit(Request(number, (number, 1, 2), SamplingParams(max_new_tokens=20, seed=1, **options)))
+    for _ in range(num_steps):
+        engine.step()
+    in_flight = [sequence for sequence in engine.scheduler.sequences if sequence.in_flight]
+    assert in_flight
+    for number in range(2):
+        engine.abort(number)
+    assert engine.scheduler.sequences == in_flight and all(sequence.blocks for sequence in in_flight)
+    outputs = [output for _ in range(3) for output in engine.step()]
+    assert set(reasons(outputs).values()) == {"abort"}
+    assert not any(output.token_ids for output in outputs)
+    check_all_free(engine)
+
+
+def test_aborting_shows_the_text_that_was_held_back():
+    engine = make_engine(scripted("xxabyy"), tools=LETTERS)
+    engine.submit(Request(0, (7,), SamplingParams(temperature=0.0, max_new_tokens=6, stop=("abc",))))
+    outputs = [output for _ in range(4) for output in engine.step()]
+    assert text(outputs) == "xx"
+    assert engine.abort(0) and not engine.abort(0)
+    (last,) = engine.step()
+    assert (last.text, last.finish_reason, last.token_ids) == ("ab", "abort", ())
+    check_all_free(engine)
+
+
+def test_sample_zero_is_the_answer_of_n_1():
+    params = SamplingParams(max_new_tokens=12, seed=11, n=4)
+    together = token_ids(run(make_engine(), Request(0, (1, 2, 3), params)))
+    alone = token_ids(run(make_engine(), Request(0, (1, 2, 3), replace(params, n=1))))
+    assert together[0, 0] == alone[0, 0]
+    assert len(set(together.values())) == 4
+
+
+def test_the_prompt_of_many_samples_is_computed_once():
+    engine = make_engine()
+    run(engine, Request(0, tuple(range(10)), SamplingParams(max_new_tokens=3, n=4)))
+    assert [batch.num_tokens for batch in engine.runner.batches] == [10, 4, 4]
+
+
+def test_without_a_seed_answers_differ():
+    params = SamplingParams(max_new_tokens=12)
+    answers = {token_ids(run(make_engine(), Request(0, (1,), params)))[0, 0] for _ in range(4)}
+    assert len(answers) == 4
+
+
+# The pipeline
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_as_many_steps_are_in_flight_as_there_are_stages(num_stages):
+    engine = make_engine(num_stages=num_stages)
+    for number in range(4):
+        engine.submit(Request(number, (number,), SamplingParams(max_new_tokens=6)))
+    deepest = 0
+    collect = engine.runner.collect
+
+    def watched() -> torch.Tensor:
+        nonlocal deepest
+        deepest = max(deepest, len(engine.runner.results))
+        return collect()
+
+    engine.runner.collect = watched
+    while engine.has_work:
+        engine.step()
+    assert deepest == num_stages
+
+
+def test_closing_waits_for_steps_in_flight_and_stops_the_runner():
+    engine = make_engine(num_stages=3)
+    for number in range(3):
+        engine.submit(Request(number, (number,)))
+    engine.step()
+    engine.close()
+    assert engine.runner.stopped and not engine.runner.results
+
+
+def test_a_reorder_of_beams_copies_at_most_one_block_a_beam():
+    engine = make_engine(block_size=4)
+    run(engine, Request(0, tuple(range(9)), SamplingParams(max_new_tokens=20, num_beams=4, temperature=0.0)))
+    copies = [len(batch.copies) for batch in engine.runner.batches]
+    assert 0 < max(copies) <= 4 and len(copies) == 20

@@ -1,0 +1,93 @@
+"""A program for four ranks: every checkpoint at every layout, once. Run by test_layouts.py; writes what it computed.
+
+`python -m tests.model.world OUT TP,PP ... -- FOLDER ...`
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from mindgen.config import EngineConfig
+from mindgen.engine.request import Request, SamplingParams
+from mindgen.llm import make_engine, make_runner
+from mindgen.model.decoder import Decoder
+from mindgen.parallel.launch import start_ranks
+from mindgen.parallel.topology import Topology
+from mindgen.parallel.world import World, connect
+from mindgen.weights.huggingface import open_huggingface
+from tests.checkpoints import prompts
+from tests.model.batches import whole_prompt
+
+CPU = torch.device("cpu")
+WAYS = {
+    "greedy": SamplingParams(max_new_tokens=32, temperature=0.0),
+    "sampled": SamplingParams(max_new_tokens=32, temperature=0.9, top_k=50, top_p=0.95, seed=11),
+    "beams 2": SamplingParams(max_new_tokens=12, temperature=0.0, num_beams=2),
+    "beams 4": SamplingParams(max_new_tokens=12, temperature=0.0, num_beams=4, length_penalty=1.5),
+}
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    bar = arguments.index("--")
+    layouts = [tuple(map(int, text.split(","))) for text in arguments[1:bar]]
+    with start_ranks(4, arguments, program=("-m", "tests.model.world")) as ranks:
+        torch.set_num_threads(1)
+        with connect(Topology(ranks.place.rank, 4, 1), CPU, ranks=ranks) as world:
+            for tp, pp in layouts:
+                part = world.part(tp, pp)
+                for folder in map(Path, arguments[bar + 1 :]):
+                    if part is not None:
+                        run_cell(folder, part, Path(arguments[0]))
+
+
+def run_cell(folder: Path, world: World, out: Path) -> None:
+    """Logits of whole prompts, and tokens through the engine, of one checkpoint at one layout."""
+    topology = world.topology
+    config = EngineConfig(
+        str(folder), topology.tp, topology.pp, block_size=8, max_batch_tokens=48, kv_cache_memory=0.004
+    )
+    source = open_huggingface(folder)
+    runner = make_runner(config, source, world, CPU, 4)
+    logits = [whole_logits(runner.model, world, ids, source.spec.sliding_window) for ids in prompts(3)]  # type: ignore[arg-type]
+    if topology.is_last_stage and topology.tp_rank == 0:
+        torch.save(logits, out / f"{folder.name} {topology.tp} {topology.pp} logits.pt")
+    if topology.rank:
+        runner.follow()
+        return
+    engine = make_engine(config, source.spec, runner, None, ())
+    tokens = {name: generate(engine, params) for name, params in WAYS.items()}
+    engine.close()
+    torch.save(tokens, out / f"{folder.name} {topology.tp} {topology.pp} tokens.pt")
+
+
+def generate(engine: object, params: SamplingParams) -> list[list[int]]:
+    answers: list[list[int]] = [[] for _ in prompts(6)]
+    requests = [Request(number, tuple(ids), params) for number, ids in enumerate(prompts(6))]
+    for output in engine.run(requests):  # type: ignore[attr-defined]
+        answers[output.request_id] += output.token_ids
+    return answers
+
+
+@torch.inference_mode()
+def whole_logits(model: Decoder, world: World, ids: list[int], window: int | None) -> torch.Tensor:
+    """The prompt through all stages without engine or cache; the last stage's logits, empty elsewhere."""
+    from mindgen.attention.backend import choose_backend
+
+    topology = world.topology
+    context = choose_backend("reference", window).prepare(whole_prompt(ids), None)
+    hidden = torch.tensor(ids)
+    if not topology.is_first_stage:
+        hidden = world.pp.receive(torch.empty(len(ids), model.hidden_size), source=topology.pp_rank - 1)
+    hidden = model(hidden, context)
+    if topology.is_last_stage:
+        return model.logits(hidden)
+    world.pp.send(hidden, destination=topology.pp_rank + 1)
+    return torch.empty(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The documents say what is true: tables are those of the code, links lead somewhere, commands of the README run.
+
+`python -m tests.test_docs` writes the tables anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mindgen.commands import convert, generate
+from mindgen.weights.families import FAMILIES
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def flag_table(parser: argparse.ArgumentParser) -> str:
+    """Every flag that has a help text, in the order of `--help`."""
+    rows = ["| flag | value | what it does |", "|---|---|---|"]
+    for action in parser._actions:
+        if action.help and action.help != argparse.SUPPRESS and "--help" not in action.option_strings:
+            names = ", ".join(f"`{name}`" for name in action.option_strings)
+            value = " ".join(map(str, action.choices)) if action.choices else action.metavar or ""
+            text = action.help.replace("%%", "%").replace("|", "\\|")
+            rows.append(f"| {names} | {str(value).replace('|', ' ')} | {text} |")
+    return "\n".join(rows)
+
+
+def family_table() -> str:
+    """Every family with its class in transformers and how many rows it has."""
+    rows = ["| `model_type` | class in transformers | rows |", "|---|---|---|"]
+    rows += [f"| `{name}` | `{family.architecture}` | {len(family.rows)} |" for name, family in FAMILIES.items()]
+    return "\n".join(rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "generate flags": ("docs/commands.md", lambda: flag_table(generate.parser())),
+    "convert flags": ("docs/commands.md", lambda: flag_table(convert.parser())),
+    "families": ("docs/adding-a-model.md", family_table),
+}
+
+
+def marked(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+
+
+@pytest.mark.parametrize("name", list(TABLES))
+def test_a_table_is_that_of_the_code(name: str) -> None:
+    file, make = TABLES[name]
+    found = marked(name).search((ROOT / file).read_text(encoding="utf-8"))
+    assert found is not None, f"{file} has no table {name!r}"
+    assert found[0] == f"{found[1]}{make()}{found[2]}", "write it anew: python -m tests.test_docs"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert target.startswith("https://") or (document.parent / target).exists(), target
+
+
+def write_tables() -> None:
+    for name, (file, make) in TABLES.items():
+        path = ROOT / file
+        text = path.read_text(encoding="utf-8")
+        table = make()
+        path.write_text(marked(name).sub(lambda found, table=table: f"{found[1]}{table}{found[2]}", text))
+
+
+if __name__ == "__main__":
+    write_tables()

@@ -1,0 +1,115 @@
+"""Our shards in NVIDIA's own model, and what their `args` state, against transformers. One program serves all cells."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mindgen.weights.convert import ConvertConfig, convert
+from tests.checkpoints import CASES
+from tests.model.test_decoder import difference
+
+# The package around megatron.core, which itself takes seconds to import, and is imported by the program.
+pytest.importorskip("megatron", reason="megatron-core, which would judge our shards, is not installed")
+
+# At 2 x 2 the stages have 3 and 2 layers, and the last one a copy of tied embeddings. At tp 4 two KV heads are shared
+# by two ranks each, and what is on disk is cut in the middle of them.
+LAYOUTS = [(2, 1), (2, 2), (4, 1)]
+ROOT = Path(__file__).parents[2]
+
+layouts = pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def shards(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with every case at every layout, as `CASE/TP PP`."""
+    folder = tmp_path_factory.mktemp("shards")
+    for name in CASES:
+        for tp, pp in LAYOUTS:
+            config = ConvertConfig(
+                load_model_type="hf",
+                save_model_type="mg",
+                load_dir=str(checkpoint(name)),
+                save_dir=str(folder / name / f"{tp} {pp}"),
+                target_tensor_parallel_size=tp,
+                target_pipeline_parallel_size=pp,
+            )
+            convert(config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cells(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the logits that megatron-core computed."""
+    out = tmp_path_factory.mktemp("cells")
+    texts = [f"{tp},{pp}" for tp, pp in LAYOUTS]
+    folders = [str(shards / name) for name in CASES]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.weights.megatron_core_program"]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*command, str(out), *texts, "--", *folders], cwd=ROOT, env=environ, check=True, timeout=150)
+    return out
+
+
+@layouts
+def test_megatron_core_computes_what_transformers_does(
+    case: str, tp: int, pp: int, cells: Path, expected_logits: Callable[[str], list[torch.Tensor]]
+) -> None:
+    expected = expected_logits(case)[0]
+    logits = torch.load(cells / f"{case} {tp} {pp}.pt")
+    assert logits.shape == (len(expected), 332)  # the vocabulary of 331, padded for two ranks and for four
+    assert difference(logits[:, :331], expected) < 1e-4
+
+
+@layouts
+def test_every_shard_states_what_megatron_asks_a_checkpoint_for(
+    case: str, tp: int, pp: int, shards: Path, judge: Callable[[str], Any]
+) -> None:
+    expected = stated_by_config(judge(case).config) | {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "padded_vocab_size": 332,
+    }
+    files = sorted((shards / case / f"{tp} {pp}").glob("iter_0000001/mp_rank_*/model_optim_rng.pt"))
+    assert len(files) == tp * pp
+    for file in files:
+        with torch.serialization.safe_globals([Namespace]):
+            shard = torch.load(file, weights_only=True)
+        assert (shard["checkpoint_version"], shard["iteration"]) == (3.0, 1)
+        assert {name: getattr(shard["args"], name) for name in expected} == expected
+        assert isinstance(shard["args"].rotary_base, int)  # as Megatron's flag is
+
+
+def stated_by_config(config: Any) -> dict[str, Any]:
+    """A transformers config in Megatron's words."""
+    return {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_key_value_heads,
+        "group_query_attention": config.num_key_value_heads < config.num_attention_heads,
+        "kv_channels": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "ffn_hidden_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "seq_length": config.max_position_embeddings,
+        "position_embedding_type": "rope",
+        "rotary_base": config.rope_parameters["rope_theta"],
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "norm_epsilon": config.rms_norm_eps,
+        "normalization": "RMSNorm",
+        "apply_layernorm_1p": False,
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": config.model_type == "qwen2",
+        "qk_layernorm": config.model_type == "qwen3",
+        "num_experts": None,
+    }
