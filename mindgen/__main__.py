@@ -8,6 +8,7 @@ from importlib import import_module
 from io import TextIOWrapper
 
 from mindgen.commands import COMMANDS
+from mindgen.parallel.interrupt import INTERRUPTED, interrupt_exits
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,9 +24,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     _mend_streams()
     try:
-        return import_module(f"mindgen.commands.{name}").main(rest)
+        with interrupt_exits():
+            command = import_module(f"mindgen.commands.{name}")
+        return command.main(rest)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 def _mend_streams() -> None:

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "mindgen"
 ROOMS = (
     ("commands", "__main__"),
     ("llm",),
+    ("startup",),
     ("engine",),
     ("model",),
     ("layers",),

@@ -94,7 +94,7 @@ class _Printer:
         self._written = len(text) + 1  # one more than was written, so that an empty text has its heading once
 
     def _text(self, sample: Answer) -> str:
-        return sample.text if self._job.tokenizer is not None else ",".join(map(str, sample.token_ids))
+        return sample.text if self._job.model.tokenizer is not None else ",".join(map(str, sample.token_ids))
 
     def _head(self, prompt: Prompt, index: int) -> None:
         of = f" [{index + 1}]" if self._job.options.num_return_sequences > 1 else ""

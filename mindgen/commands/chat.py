@@ -42,11 +42,11 @@ def _lines() -> Iterator[str]:
 
 
 def _turn(job: Job, task: Task, engine: Engine, conversation: Conversation, line: str, number: int) -> None:
-    assert job.tokenizer is not None
+    assert job.model.tokenizer is not None
     conversation.add_user(line)
     try:
-        ids = job.tokenizer.apply_chat_template(conversation.messages)
-        limit = room(len(ids), job.options, job.source.spec.max_positions, line[:60])
+        ids = job.model.tokenizer.apply_chat_template(conversation.messages)
+        limit = room(len(ids), job.options, job.model.max_positions, line[:60])
     except ValueError as error:
         conversation.withdraw()
         print(f"mindgen: {error}", file=sys.stderr)

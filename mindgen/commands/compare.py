@@ -23,12 +23,12 @@ def _load(job: Job) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from mindgen.llm import computing_dtype
+    from mindgen.startup.ready import computing_dtype
 
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         str(job.options.compare_hf),
-        dtype=computing_dtype(job.config, job.source.spec),
+        dtype=computing_dtype(job.model.config, job.model.source.spec),
         trust_remote_code=False,
         local_files_only=True,
     )
@@ -41,7 +41,7 @@ def _generate(model: Any, prompt: Prompt, task: Task, job: Job) -> list[int]:
     from transformers import GenerationConfig
 
     params = task.params(job.options, job.room(prompt))
-    ends = [] if params.ignore_eos else list(job.end_ids)
+    ends = [] if params.ignore_eos else list(job.model.end_ids)
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=params.max_new_tokens,
@@ -69,4 +69,4 @@ def _show(prompt: Prompt, ours: str, theirs: str, verdict: str) -> None:
 
 
 def _text(job: Job, token_ids: list[int]) -> str:
-    return ",".join(map(str, token_ids)) if job.tokenizer is None else job.tokenizer.decode(token_ids)
+    return ",".join(map(str, token_ids)) if job.model.tokenizer is None else job.model.tokenizer.decode(token_ids)

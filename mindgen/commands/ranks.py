@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from mindgen.parallel.interrupt import INTERRUPTED, interrupt_exits
 from mindgen.parallel.launch import Ranks, start_ranks
 from mindgen.parallel.place import read_place
 from mindgen.parallel.topology import Topology
@@ -18,16 +16,25 @@ from mindgen.parallel.topology import Topology
 if TYPE_CHECKING:
     import torch
 
-    from mindgen.commands.job import Job
     from mindgen.engine.engine import Engine
     from mindgen.parallel.world import World
-
-Prepare = Callable[[list[str], int], "Job"]
-Serve = Callable[["Job", "Engine"], int]
-USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+    from mindgen.startup.opened import Opened
 
 
-def run_on_ranks(command: str, arguments: list[str], prepare: Prepare, serve: Serve) -> int:
+class HasModel(Protocol):
+    """What every command's job has, whatever else it holds."""
+
+    @property
+    def model(self) -> Opened: ...
+
+
+J = TypeVar("J", bound=HasModel)
+Prepare = Callable[[list[str], int], J]
+Serve = Callable[[J, "Engine"], int]
+USER_ERROR, FAILURE = 2, 1
+
+
+def run_on_ranks(command: str, arguments: list[str], prepare: Prepare[J], serve: Serve[J]) -> int:
     """Prepares the job, gathers or starts its ranks, loads the model and lets rank 0 `serve`. Returns the exit code.
 
     `prepare` is called with the arguments and the rank and raises ValueError for bad input, before any weight is read;
@@ -38,7 +45,7 @@ def run_on_ranks(command: str, arguments: list[str], prepare: Prepare, serve: Se
         place = read_place(os.environ)
         rank = place.rank
         alone = place.world_size == 1
-        with _interrupt_exits():
+        with interrupt_exits():
             job, error = _try_prepare(arguments, rank, prepare)
         if alone and error is not None:
             raise ValueError(error)
@@ -48,22 +55,9 @@ def run_on_ranks(command: str, arguments: list[str], prepare: Prepare, serve: Se
         return _exit_code(failure, rank)
 
 
-@contextmanager
-def _interrupt_exits() -> Iterator[None]:
-    """While nothing is started, Ctrl-C ends the process at once: some imports would swallow a KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        yield
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _try_prepare(arguments: list[str], rank: int, prepare: Prepare) -> tuple[Job | None, str | None]:
+def _try_prepare(arguments: list[str], rank: int, prepare: Prepare[J]) -> tuple[J | None, str | None]:
     """The job, or what is wrong, of which other ranks may be waiting to hear; then all slow imports are done."""
-    import mindgen.llm  # noqa: F401
+    import mindgen.startup.ready  # noqa: F401
 
     try:
         return prepare(arguments, rank), None
@@ -71,23 +65,24 @@ def _try_prepare(arguments: list[str], rank: int, prepare: Prepare) -> tuple[Job
         return None, str(error)
 
 
-def _world_size(job: Job | None) -> int:
+def _world_size(job: HasModel | None) -> int:
     assert job is not None
-    return (job.config.tensor_parallel_size or 1) * job.config.pipeline_parallel_size
+    config = job.model.config
+    return (config.tensor_parallel_size or 1) * config.pipeline_parallel_size
 
 
-def _join(ranks: Ranks, job: Job | None, error: str | None, serve: Serve) -> int:
+def _join(ranks: Ranks, job: J | None, error: str | None, serve: Serve[J]) -> int:
     """One rank's life: connect, agree that all is well, load, and serve or follow."""
     from mindgen.device import pick_device
     from mindgen.parallel.threads import limit_threads
     from mindgen.parallel.world import connect
 
     limit_threads(ranks.place.local_world_size)
-    topology, device = Topology(ranks.place.rank, ranks.place.world_size, 1), None
+    model, device, topology = None, None, Topology(ranks.place.rank, ranks.place.world_size, 1)
     if job is not None:
         try:
-            job, topology = _with_all_ranks(job, ranks)
-            device = pick_device(job.config.device, ranks.place.local_rank)
+            model, topology = _with_all_ranks(job.model, ranks)
+            device = pick_device(model.config.device, ranks.place.local_rank)
         except ValueError as problem:
             error = str(problem)
     if device is None:
@@ -95,36 +90,41 @@ def _join(ranks: Ranks, job: Job | None, error: str | None, serve: Serve) -> int
         topology = Topology(ranks.place.rank, ranks.place.world_size, 1)
     with connect(topology, device, ranks=ranks) as world:
         world.agree(error)
-        assert job is not None
-        return _work(job, world, device, ranks.place.local_world_size, serve)
+        assert job is not None and model is not None
+        engine = _load(model, world, device, ranks.place.local_world_size)
+        return 0 if engine is None else _serve(job, engine, serve)
 
 
-def _with_all_ranks(job: Job, ranks: Ranks) -> tuple[Job, Topology]:
-    """The job with its tensor parallel size settled: all ranks that pipeline parallelism leaves it."""
+def _with_all_ranks(model: Opened, ranks: Ranks) -> tuple[Opened, Topology]:
+    """The model with its tensor parallel size settled: all ranks that pipeline parallelism leaves it."""
     from mindgen.weights.rows import check_divides
 
-    world_size, pp = ranks.place.world_size, job.config.pipeline_parallel_size
-    tp = job.config.tensor_parallel_size or max(1, world_size // pp)
+    world_size, pp = ranks.place.world_size, model.config.pipeline_parallel_size
+    tp = model.config.tensor_parallel_size or max(1, world_size // pp)
     if tp * pp != world_size:
         raise ValueError(
             f"tensor parallel size {tp} x pipeline parallel size {pp} is {tp * pp} ranks, but {world_size} "
             "were started; set --tensor-model-parallel-size, --pipeline-model-parallel-size or --nproc_per_node"
         )
-    check_divides(job.source.spec, tp)
-    return replace(job, config=replace(job.config, tensor_parallel_size=tp)), Topology(ranks.place.rank, tp, pp)
+    check_divides(model.source.spec, tp)
+    return replace(model, config=replace(model.config, tensor_parallel_size=tp)), Topology(ranks.place.rank, tp, pp)
 
 
-def _work(job: Job, world: World, device: torch.device, local_ranks: int, serve: Serve) -> int:
-    from mindgen.llm import describe_cache, make_engine, make_runner
+def _load(model: Opened, world: World, device: torch.device, local_ranks: int) -> Engine | None:
+    """The engine on rank 0; other ranks follow it, and return None when it has stopped."""
+    from mindgen.startup.ready import describe_cache, make_engine, make_runner
 
-    world.same("the model or its configuration", f"{hash_of(job.source.spec, job.config)}")
-    runner = make_runner(job.config, job.source, world, device, local_ranks)
+    world.same("the model or its configuration", hash_of(model.source.spec, model.config))
+    runner = make_runner(model.config, model.source, world, device, local_ranks)
     if world.topology.rank:
         runner.follow()
-        return 0
-    for note in (*job.notes, describe_cache(runner)):
+        return None
+    for note in (*model.notes, describe_cache(runner)):
         print(note, file=sys.stderr)
-    engine = make_engine(job.config, job.source.spec, runner, job.tokenizer, job.end_ids)
+    return make_engine(model, runner)
+
+
+def _serve(job: J, engine: Engine, serve: Serve[J]) -> int:
     code = serve(job, engine)
     engine.close()
     return code

@@ -12,11 +12,12 @@ import torch
 
 from mindgen.config import EngineConfig
 from mindgen.engine.request import Request, SamplingParams
-from mindgen.llm import make_engine, make_runner
 from mindgen.model.decoder import Decoder
 from mindgen.parallel.launch import start_ranks
 from mindgen.parallel.topology import Topology
 from mindgen.parallel.world import World, connect
+from mindgen.startup.opened import Opened
+from mindgen.startup.ready import make_engine, make_runner
 from mindgen.weights.huggingface import open_huggingface
 from tests.checkpoints import prompts
 from tests.model.batches import whole_prompt
@@ -58,7 +59,7 @@ def run_cell(folder: Path, world: World, out: Path) -> None:
     if topology.rank:
         runner.follow()
         return
-    engine = make_engine(config, source.spec, runner, None, ())
+    engine = make_engine(Opened(config, source), runner)
     tokens = {name: generate(engine, params) for name, params in WAYS.items()}
     engine.close()
     torch.save(tokens, out / f"{folder.name} {topology.tp} {topology.pp} tokens.pt")

@@ -20,7 +20,7 @@ from mindgen.model.build import build_stage
 from mindgen.model.decoder import Decoder
 from mindgen.parallel.world import World
 from mindgen.spec import ModelSpec
-from mindgen.text.tokenizer import Tokenizer
+from mindgen.startup.opened import Opened
 from mindgen.weights.load import load_weights
 from mindgen.weights.source import Source
 
@@ -62,10 +62,9 @@ def describe_cache(runner: Runner) -> str:
     return f"cache: {cache.num_blocks} blocks of {cache.block_size} = {tokens} tokens, {gib:.2f} GiB a rank"
 
 
-def make_engine(
-    config: EngineConfig, spec: ModelSpec, runner: Runner, tokenizer: Tokenizer | None, end_ids: tuple[int, ...]
-) -> Engine:
+def make_engine(model: Opened, runner: Runner) -> Engine:
     """The engine of rank 0 over its runner."""
+    config, spec = model.config, model.source.spec
     pool = None if runner.cache is None else BlockPool(runner.cache.num_blocks, runner.cache.block_size)
     scheduler = Scheduler(
         pool,
@@ -74,7 +73,7 @@ def make_engine(
         max_sequences=_MOST_SEQUENCES,
         max_positions=spec.max_positions,
     )
-    return Engine(scheduler, runner, tokenizer, end_ids, spec.vocab_size)
+    return Engine(scheduler, runner, model.tokenizer, model.end_ids, spec.vocab_size)
 
 
 def _together(world: World, make: Callable[[], Made]) -> Made:
