@@ -91,7 +91,7 @@ class SingleGroup:
         pass
 
 
-def _raise_lost(message: str) -> NoReturn:
+def raise_lost(message: str) -> NoReturn:
     raise PeerLost(message)
 
 
@@ -108,7 +108,7 @@ class DistributedGroup:
         cpu: dist.ProcessGroup,
         device: dist.ProcessGroup | None = None,
         timeout: float = STEP_TIMEOUT,
-        on_loss: Callable[[str], NoReturn] = _raise_lost,
+        on_loss: Callable[[str], NoReturn] = raise_lost,
     ) -> None:
         self.ranks = tuple(ranks)
         self.rank = self.ranks.index(dist.get_rank())

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
@@ -39,18 +39,28 @@ USUAL_PATIENCE = 3.0
 
 @dataclass
 class Ranks:
-    """This process as a rank: its place, where it meets the others, and how it ends when one of them is lost."""
+    """This process as a rank: its place, where it meets the others, and how it ends when one of them is lost.
+
+    on_loss: is told the reason instead, and the process lives on. is_guest: the process is somebody's program, which
+    may be silent for long without being hung.
+    """
 
     place: Place = field(default_factory=Place)
     meeting: Meeting | None = None  # None when alone
     store: object = None  # rank 0's store lives as long as its process; filled by the first connection
+    on_loss: Callable[[str], None] | None = None
+    is_guest: bool = False
+    loss: str | None = None  # why this rank cannot go on, once `on_loss` has been told
     _ending: threading.Lock = field(default_factory=threading.Lock)
 
     def end(self, message: str | None, victims: Iterable[Process] = ()) -> NoReturn:
         """Ends this process now, with exit code 1, whatever its threads do; `victims` go with it.
 
-        The first caller's message (none if None) goes to stderr; who comes second waits here for the end.
+        The first caller's message (none if None) goes to stderr; who comes second waits here for the end. With
+        `on_loss` only the thread that calls ends.
         """
+        if self.on_loss is not None:
+            self._lose(self.on_loss, message)
         self._ending.acquire()
         if message is not None:
             _flush_output()
@@ -62,6 +72,23 @@ class Ranks:
 
     def kill_children(self) -> None:
         """Only a rank that started others has any."""
+
+    def _lose(self, on_loss: Callable[[str], None], message: str | None) -> NoReturn:
+        if self._ending.acquire(blocking=False):
+            self.loss = message or "a rank was lost; another one says which"
+            on_loss(self.loss)
+            self.kill_children()
+        raise SystemExit(1)  # of this thread; see start_thread
+
+
+def start_thread(work: Callable[[], None], name: str) -> None:
+    """A thread that may be in the middle of anything when the process ends, and itself ends by SystemExit quietly."""
+
+    def run() -> None:
+        with suppress(SystemExit):
+            work()
+
+    threading.Thread(target=run, name=name, daemon=True).start()
 
 
 def _flush_output() -> None:
@@ -100,7 +127,7 @@ class LocalRanks(Ranks):
 
     def watch(self) -> None:
         """Looks after the children, from a thread of its own, until `close`."""
-        threading.Thread(target=self._watch, name="children", daemon=True).start()
+        start_thread(self._watch, "children")
 
     def _watch(self) -> None:
         noticed: dict[int, float] = {}
@@ -152,7 +179,12 @@ def start_ranks(
             yield ranks
 
 
-def join_ranks(environ: Mapping[str, str], world_size: int | None = None) -> Ranks:
+def join_ranks(
+    environ: Mapping[str, str],
+    world_size: int | None = None,
+    on_loss: Callable[[str], None] | None = None,
+    is_guest: bool = False,
+) -> Ranks:
     """This process as the rank that its launcher made it. `world_size` is what the user asked for, if anything."""
     place = read_place(environ)
     if world_size is not None and world_size != place.world_size:
@@ -160,7 +192,8 @@ def join_ranks(environ: Mapping[str, str], world_size: int | None = None) -> Ran
             f"{world_size} ranks are asked for (tensor x pipeline parallel size), but the launcher started"
             f" {place.world_size} (WORLD_SIZE); make them equal, with torchrun by --nproc_per_node and --nnodes"
         )
-    ranks = Ranks(place, read_meeting(environ) if place.world_size > 1 else None)
+    meeting = read_meeting(environ) if place.world_size > 1 else None
+    ranks = Ranks(place, meeting, on_loss=on_loss, is_guest=is_guest)
     if PARENT_PIPE in environ:
         _watch_parent(ranks, int(environ[PARENT_PIPE]))
     elif place.rank > 0 and threading.current_thread() is threading.main_thread():
@@ -176,11 +209,16 @@ def _watch_parent(ranks: Ranks, pipe: int) -> None:
             os.read(pipe, 1)
         ranks.end("rank 0 died" if ranks.place.rank == 1 else None)
 
-    threading.Thread(target=watch, name="parent", daemon=True).start()
+    start_thread(watch, "parent")
 
 
 def start_local_ranks(
-    world_size: int, argv: Sequence[str], environ: Mapping[str, str] | None = None, program: Sequence[str] = PROGRAM
+    world_size: int,
+    argv: Sequence[str],
+    environ: Mapping[str, str] | None = None,
+    program: Sequence[str] = PROGRAM,
+    on_loss: Callable[[str], None] | None = None,
+    is_guest: bool = False,
 ) -> LocalRanks:
     """Starts ranks 1 to world_size - 1 on this host as `python <program> <argv>`; the caller is rank 0.
 
@@ -200,7 +238,8 @@ def start_local_ranks(
         "MASTER_PORT": str(port),
     }
     meeting = Meeting(LOOPBACK, port, f"mindgen/{job}", one_host=True, own_ranks=True, listener=listener)
-    ranks = LocalRanks(Place(0, world_size, 0, world_size), meeting, pipe=write_end)
+    place = Place(0, world_size, 0, world_size)
+    ranks = LocalRanks(place, meeting, on_loss=on_loss, is_guest=is_guest, pipe=write_end)
     try:
         with _interrupts_ignored():
             for rank in range(1, world_size):
@@ -232,16 +271,16 @@ def _start(command: Sequence[str], variables: Mapping[str, str], pipe: int) -> s
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Processes started inside inherit that Ctrl-C is ignored; one that comes meanwhile reaches us afterwards."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # where handlers cannot be set; children then end by Ctrl-C, and rank 0 with them
-        return
+    """Processes started inside inherit that Ctrl-C is blocked, and from the main thread, which alone can set handlers,
+    that it is ignored; one that comes meanwhile reaches us afterwards."""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 

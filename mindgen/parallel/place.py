@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 PARENT_PIPE = "MINDGEN_PARENT_PIPE"  # number of the inherited descriptor that ends when rank 0 does
 JOB = "MINDGEN_JOB"  # a word that only the ranks of one job know
+COLLECTIVES = "MINDGEN_COLLECTIVES"  # how CPU ranks of one host talk
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,14 @@ def read_meeting(environ: Mapping[str, str]) -> Meeting:
         own_ranks=PARENT_PIPE in environ,
         launcher_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
+
+
+def read_collectives(environ: Mapping[str, str]) -> str:
+    """ "auto" for shared memory where ranks can share it, "gloo" for gloo everywhere. Raises ValueError for others."""
+    kind = environ.get(COLLECTIVES, "auto")
+    if kind not in ("auto", "gloo"):
+        raise ValueError(f"the environment variable {COLLECTIVES} is {kind!r}; it must be auto or gloo")
+    return kind
 
 
 def _number(

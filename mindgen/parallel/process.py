@@ -34,6 +34,12 @@ class Process:
     def mine(cls) -> Process:
         return cls.at(os.getpid())
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it still runs on this host. One that has ended and waits for its parent does not."""
+        fields = _fields(self.pid)
+        return len(fields) > 19 and fields[19] == self.start and fields[0] not in ("Z", "X")
+
     def kill(self) -> None:
         """Ends it if it is on this host and still the same process; nothing otherwise."""
         if self.start and Process.at(self.pid) == self:
@@ -42,9 +48,14 @@ class Process:
 
 
 def _start_time(pid: int) -> str:
-    """Field 22 of /proc/<pid>/stat, counted from behind the command name, which may hold spaces."""
-    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    """Field 22 of /proc/<pid>/stat."""
+    fields = _fields(pid)
     return fields[19] if len(fields) > 19 else ""
+
+
+def _fields(pid: int) -> list[str]:
+    """Of /proc/<pid>/stat, those behind the command name, which may hold spaces: from field 3, the state, on."""
+    return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
 
 
 def _read(path: str) -> str:

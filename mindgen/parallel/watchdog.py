@@ -18,14 +18,15 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from mindgen.parallel.group import PeerLost
-from mindgen.parallel.launch import Ranks
+from mindgen.parallel.launch import Ranks, start_thread
 from mindgen.parallel.process import Process
 from mindgen.parallel.rendezvous import pulse_key
 
 ROUND = 0.5  # seconds
-UP, LOADING, FAILED, LEFT = "up", "loading", "failed", "left"
-# Rounds without a sign of life that are forgiven. Loading may hold Python's interpreter lock for long.
-FORGIVEN = {UP: 10, LOADING: 120}
+UP, LOADING, GUEST, FAILED, LEFT = "up", "loading", "guest", "failed", "left"
+# Rounds without a sign of life that are forgiven. Loading may hold Python's interpreter lock for long, and nobody knows
+# for how long a program does that only has us as a guest.
+FORGIVEN = {UP: 10, LOADING: 120, GUEST: 1200}
 FAILURE_GRACE = 4  # rounds in which a rank that has met the same failure ends by itself, and says it better
 LEAVING_TIMEOUT = 10.0
 SPEECH_ROUNDS = 5  # in which the rank that speaks for all does so, before the silent ones end
@@ -69,14 +70,15 @@ class Watchdog:
         place = ranks.place
         watched = (0,) if self._meeting.own_ranks and place.rank > 0 else range(place.world_size)
         self._peers = {rank: Peer() for rank in watched if rank != place.rank}
-        self._state, self._text = UP, ""
+        self._usual = GUEST if ranks.is_guest else UP
+        self._state, self._text = self._usual, ""
         self._rounds, self._pause = 0, pause
         self._saying = threading.Lock()
         self._stopped = threading.Event()
 
     def start(self) -> None:
         for work in (self._watch_peers, self._watch_store):
-            threading.Thread(target=work, name=work.__name__, daemon=True).start()
+            start_thread(work, work.__name__)
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -85,7 +87,7 @@ class Watchdog:
         try:
             yield
         finally:
-            self._say(UP)
+            self._say(self._usual)
 
     def leave(self, timeout: float = LEAVING_TIMEOUT) -> None:
         """An orderly end: tells the others, and waits until they leave too, at most `timeout` seconds.
@@ -109,10 +111,13 @@ class Watchdog:
     def explain(self, message: str) -> NoReturn:
         """For a rank whose call to its peers failed with `message`: waits for the watchdog to name who is at fault.
 
-        Normally this process ends meanwhile. Else raises PeerLost: the peer left in good order, or is alive.
+        Normally this process ends meanwhile. Else raises PeerLost: the peer left in good order, or is alive, or this
+        process is not ours to end.
         """
         deadline = time.monotonic() + (FORGIVEN[UP] + 6) * self._pause
         while time.monotonic() < deadline:
+            if self._ranks.loss is not None:
+                raise PeerLost(self._ranks.loss)
             gone = [rank for rank, peer in self._peers.items() if peer.state == LEFT]
             if gone:
                 raise PeerLost(f"rank {gone[0]} has left, but rank {self._ranks.place.rank} needs it: {message}")

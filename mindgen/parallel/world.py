@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -12,10 +13,12 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
-from mindgen.device import backend_name, library_name, set_current
-from mindgen.parallel.group import FOREVER, LONGEST_WAIT, STEP_TIMEOUT, DistributedGroup, Group, SingleGroup
+from mindgen.device import backend_name, set_current
+from mindgen.parallel.arena import share_memory
+from mindgen.parallel.group import FOREVER, LONGEST_WAIT, Group, SingleGroup
 from mindgen.parallel.launch import Ranks, join_ranks
-from mindgen.parallel.place import Meeting
+from mindgen.parallel.network import Network
+from mindgen.parallel.place import Meeting, read_collectives
 from mindgen.parallel.rendezvous import ROLL_CALL_TIMEOUT, open_client, open_store, roll_call
 from mindgen.parallel.topology import SINGLE, Topology
 from mindgen.parallel.watchdog import Watchdog
@@ -44,8 +47,12 @@ class World:
     pp: Group = field(default_factory=SingleGroup)
     everyone: Group = field(default_factory=SingleGroup)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    watchdog: Watchdog | None = None  # None in a world of one rank
+    network: Network | None = None  # None in a world of one rank
     is_part: bool = False  # of a larger world, which is the one to close
+
+    @property
+    def watchdog(self) -> Watchdog | None:
+        return None if self.network is None else self.network.watchdog
 
     def __enter__(self) -> World:
         return self
@@ -64,9 +71,9 @@ class World:
         """Ends in good order: sends under way arrive, the others learn that we leave and are waited for a while."""
         for group in (self.tp, self.pp, self.everyone):
             group.close()
-        if self.watchdog is not None and not self.is_part:
-            self.watchdog.leave()
-            dist.destroy_process_group()
+        if self.network is not None and not self.is_part:
+            self.network.watchdog.leave()
+            self.network.close()
 
     def agree(self, error: str | None) -> None:
         """Every rank says what is wrong with it, None if nothing; raises RankError on all ranks if anything is.
@@ -101,13 +108,12 @@ class World:
         rank, size = self.everyone.rank, tp * pp
         if size > self.everyone.size:
             raise ValueError(f"tp {tp} x pp {pp} = {size} ranks do not fit into a world of {self.everyone.size}")
-        if self.watchdog is None:
+        if self.network is None:
             return self
-        everyone = _make_group([range(size)], rank, self.device, self.watchdog)
-        groups = _make_groups(tp, pp, rank, self.device, self.watchdog)
+        groups = self.network.groups(tp, pp)
         if rank >= size:
             return None
-        return World(Topology(rank, tp, pp), *groups, everyone, self.device, self.watchdog, is_part=True)
+        return World(Topology(rank, tp, pp), *groups, self.device, self.network, is_part=True)
 
     def _exchange(self, text: str, size: int) -> list[str]:
         """The ranks' texts, each cut at `size` bytes of UTF-8."""
@@ -137,15 +143,13 @@ def connect(
         )
     if ranks.meeting is None:
         return World(topology, device=device)
-    watchdog = _meet(ranks, ranks.meeting, device, timeout)
-    everyone = _make_group([range(place.world_size)], place.rank, device, watchdog)
-    groups = _make_groups(topology.tp, topology.pp, place.rank, device, watchdog)
-    return World(topology, *groups, everyone, device, watchdog)
+    network = _meet(ranks, ranks.meeting, device, timeout)
+    return World(topology, *network.groups(topology.tp, topology.pp), device, network)
 
 
-def _meet(ranks: Ranks, meeting: Meeting, device: torch.device, timeout: float) -> Watchdog:
+def _meet(ranks: Ranks, meeting: Meeting, device: torch.device, timeout: float) -> Network:
     """After this all ranks are there, watch each other, and torch.distributed is ready."""
-    place = ranks.place
+    place, kind = ranks.place, read_collectives(os.environ)
     _prefer_loopback(meeting)
     set_current(device)
     if ranks.store is None:
@@ -154,6 +158,10 @@ def _meet(ranks: Ranks, meeting: Meeting, device: torch.device, timeout: float) 
     prefix, processes = roll_call(ranks.store, place, timeout)
     watchdog = Watchdog(ranks, dist.PrefixStore(prefix, open_client(meeting, timeout)), processes)
     watchdog.start()
+    wanted = device.type == "cpu" and kind == "auto"
+    sharing = share_memory(dist.PrefixStore(prefix, ranks.store), place.rank, processes, wanted)
+    if sharing.reason and place.local_rank == 0:
+        print(f"mindgen: ranks of this host talk over gloo, which is slow here: {sharing.reason}", file=sys.stderr)
     dist.init_process_group(
         backend_name(device),
         store=dist.PrefixStore(f"{prefix}/groups", ranks.store),
@@ -161,7 +169,7 @@ def _meet(ranks: Ranks, meeting: Meeting, device: torch.device, timeout: float) 
         world_size=place.world_size,
         timeout=LONGEST_WAIT,
     )
-    return watchdog
+    return Network(place.rank, device, watchdog, sharing, processes)
 
 
 def _prefer_loopback(meeting: Meeting) -> None:
@@ -174,24 +182,3 @@ def _prefer_loopback(meeting: Meeting) -> None:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
     elif loopback is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-
-
-def _make_groups(tp: int, pp: int, rank: int, device: torch.device, watchdog: Watchdog) -> tuple[Group, Group]:
-    """The tensor and the pipeline group of this rank, among the first tp * pp ranks. All ranks call it alike."""
-    places = [Topology(other, tp, pp) for other in range(tp * pp)]
-    stages = [place.tp_ranks for place in places if place.tp_rank == 0]
-    columns = [place.pp_ranks for place in places if place.is_first_stage]
-    return _make_group(stages, rank, device, watchdog), _make_group(columns, rank, device, watchdog)
-
-
-def _make_group(rank_lists: Iterable[Sequence[int]], rank: int, device: torch.device, watchdog: Watchdog) -> Group:
-    """Makes all of these groups and returns the one that `rank` is in; a group of one if none."""
-    mine: Group = SingleGroup()
-    for ranks in rank_lists:
-        if len(ranks) == 1:
-            continue
-        cpu = dist.new_group(list(ranks), backend="gloo", timeout=LONGEST_WAIT)
-        own = None if device.type == "cpu" else dist.new_group(list(ranks), backend=library_name(device))
-        if rank in ranks:
-            mine = DistributedGroup(ranks, cpu, own, STEP_TIMEOUT, watchdog.explain)
-    return mine

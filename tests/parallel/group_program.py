@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -19,11 +20,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mindgen.parallel.group import DTYPES, DistributedGroup, PeerLost
+from mindgen.parallel.group import DTYPES, DistributedGroup, Group, PeerLost
 from mindgen.parallel.launch import start_ranks
+from mindgen.parallel.place import read_collectives
+from mindgen.parallel.shm import SharedGroup
 from mindgen.parallel.topology import Topology
 from mindgen.parallel.world import RankError, World, connect
 
+IS_GLOO = read_collectives(os.environ) == "gloo"
 CHECKS: list[Callable[[World], None]] = []
 
 
@@ -39,6 +43,99 @@ def groups_follow_the_topology(world: World) -> None:
     assert (world.tp.size, world.pp.size, world.everyone.size) == (2, 2, 4)
     assert world.tp.all_gather(torch.tensor([rank]), 0).tolist() == list(world.topology.tp_ranks)
     assert world.pp.all_gather(torch.tensor([rank]), 0).tolist() == list(world.topology.pp_ranks)
+
+
+@check
+def groups_are_of_the_kind_that_was_asked_for(world: World) -> None:
+    for group in (world.tp, world.pp, world.everyone):
+        assert isinstance(group, DistributedGroup if IS_GLOO else SharedGroup), type(group)
+
+
+@check
+def every_call_does_what_gloo_does_however_they_are_mixed(world: World) -> None:
+    """Whole numbers, so that sums are exact in any order and every bit can be compared."""
+    if IS_GLOO:
+        return
+    pairs = [
+        (world.everyone, twin(world, [(0, 1, 2, 3)])),
+        (world.tp, twin(world, [(0, 1), (2, 3)])),
+        (world.pp, twin(world, [(0, 2), (1, 3)])),
+    ]
+    choices = random.Random(7)
+    for _ in range(150):
+        group, gloo = choices.choice(pairs)
+        operation = choices.choice(OPERATIONS)
+        rows, columns = choices.choice([(0, 5), (1, 1), (1, 2048), (3, 7), (8, 2048), (70, 2048), (97, 5003)])
+        dtype, number = choices.choice(DTYPES), choices.randrange(1000)
+        generator = torch.Generator().manual_seed(number + world.everyone.rank)
+        tensor = torch.randint(0, 9, (columns, rows), generator=generator).to(dtype).t()
+        ours, theirs = operation(group, tensor, number), operation(gloo, tensor, number)
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), f"{operation.__name__} {dtype} {tensor.shape}"
+
+
+def twin(world: World, rank_lists: list[tuple[int, ...]]) -> DistributedGroup:
+    """The same group over gloo."""
+    made = {ranks: dist.new_group(list(ranks), backend="gloo") for ranks in rank_lists}
+    mine = next(ranks for ranks in made if world.everyone.rank in ranks)
+    return DistributedGroup(mine, made[mine])
+
+
+def reduced(group: Group, tensor: torch.Tensor, number: int) -> torch.Tensor:
+    return group.all_reduce(tensor.contiguous())
+
+
+def gathered(group: Group, tensor: torch.Tensor, number: int) -> torch.Tensor:
+    return group.all_gather(tensor, number % 2)
+
+
+def spread(group: Group, tensor: torch.Tensor, number: int) -> torch.Tensor:
+    return group.broadcast(tensor.contiguous(), number % group.size)
+
+
+def passed_around(group: Group, tensor: torch.Tensor, number: int) -> torch.Tensor:
+    group.send(tensor, (group.rank + 1) % group.size)
+    return group.receive(torch.empty_like(tensor.contiguous()), (group.rank - 1) % group.size)
+
+
+def waited(group: Group, tensor: torch.Tensor, number: int) -> torch.Tensor:
+    group.barrier()
+    return tensor
+
+
+OPERATIONS = (reduced, gathered, spread, passed_around, waited)
+
+
+@check
+def sums_in_shared_memory_are_in_rank_order_and_of_16_bits_in_fp32(world: World) -> None:
+    if IS_GLOO:
+        return
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for size in (5, 40_000, 150_001, 400_000):  # within a slot, summed in portions, in several pieces
+            tensors = [torch.randn(size, generator=torch.Generator().manual_seed(each)).to(dtype) for each in range(4)]
+            expected = tensors[0].float()
+            for tensor in tensors[1:]:
+                expected = expected + tensor
+            total = world.everyone.all_reduce(tensors[world.everyone.rank].clone())
+            assert torch.equal(total, expected.to(dtype)), f"{size} of {dtype}"
+
+
+@check
+def who_reads_late_reads_what_was_said_in_that_round(world: World) -> None:
+    """The source of a broadcast does not wait for readers, but it may not overwrite what they have not read."""
+    for number in range(200):
+        source = number // 3 % 4
+        if world.everyone.rank == number % 4:
+            time.sleep(0.001)
+        tensor = torch.full((5000,), number if world.everyone.rank == source else -1)
+        assert (world.everyone.broadcast(tensor, source) == number).all(), f"round {number}"
+
+
+@check
+def shared_memory_has_no_name_that_could_be_left_behind(world: World) -> None:
+    maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    names = [fields[5] for fields in maps if fields[1] == "rw-s" and len(fields) > 5]
+    assert IS_GLOO or "/memfd:mindgen (deleted)" in names
+    assert all(name.endswith("(deleted)") for name in names), names
 
 
 @check

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 def main(arguments: list[str]) -> int:
     """Returns 2 for a user's error, which rank 0 alone tells, and 130 for Ctrl-C."""
     act, tp = arguments[0], int(arguments[1])
+    if act == "confined":  # to files far smaller than what ranks share
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
     try:
         with start_ranks(tp, arguments, program=(__file__,)) as ranks:
             say(f"rank {ranks.place.rank} is process {os.getpid()}")
@@ -95,6 +98,7 @@ def sleep(ranks: Ranks) -> int:
 
 CONNECTED: dict[str, Callable[[World], int]] = {
     "work": work,
+    "confined": work,
     "idle": idle,
     "fail_on_one": fail_on_one,
     "disagree": disagree,

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from mindgen.parallel.place import COLLECTIVES
 from tests.parallel.runs import Run
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
@@ -30,8 +31,12 @@ def start():
         run.end()
 
 
-def test_a_started_rank_that_is_killed_is_named_and_all_others_end(start):
-    run = start("work", 3)
+every_kind = pytest.mark.parametrize("kind", ["auto", "gloo"])
+
+
+@every_kind
+def test_a_started_rank_that_is_killed_is_named_and_all_others_end(start, kind):
+    run = start("work", 3, **{COLLECTIVES: kind})
     run.wait_until_working()[2].kill()
     run.wait_for_end(SOON)
     assert (run.code, run.messages) == (1, ["mindgen: rank 2 died (killed by signal 9)"])
@@ -46,11 +51,12 @@ def test_a_killed_rank_0_is_named_by_one_of_the_others(start):
     assert "Traceback" not in run.errors
 
 
-def test_hung_ranks_are_named_and_pauses_forgiven(start, tmp_path):
+@pytest.mark.parametrize("kind", ["auto", pytest.param("gloo", marks=pytest.mark.full)])
+def test_hung_ranks_are_named_and_pauses_forgiven(start, tmp_path, kind):
     """Three runs at once, since each mostly waits."""
     stop_file = tmp_path / "stop"
-    hung, headless = start("work", 2), start("idle", 2)
-    paused = start("work", 2, STOP_FILE=str(stop_file))
+    hung, headless = start("work", 2, **{COLLECTIVES: kind}), start("idle", 2, **{COLLECTIVES: kind})
+    paused = start("work", 2, STOP_FILE=str(stop_file), **{COLLECTIVES: kind})
     hung.wait_until_working()[1].suspend()
     headless.wait_until_working()[0].suspend()
     pause(paused, ranks=[1], seconds=1.0)
@@ -76,13 +82,24 @@ def pause(run: Run, ranks: list[int], seconds: float) -> None:
         processes[rank].resume()
 
 
-def test_ctrl_c_ends_all_ranks_quietly_with_130(start):
-    run = start("work", 2)
+@every_kind
+def test_ctrl_c_ends_all_ranks_quietly_with_130(start, kind):
+    run = start("work", 2, **{COLLECTIVES: kind})
     run.wait_until_working()
     run.interrupt()
     run.wait_for_end(SOON)
     assert run.code == 130
     assert "Traceback" not in run.errors and run.messages == []
+
+
+def test_ranks_that_cannot_share_memory_say_why_and_work_over_gloo(start, tmp_path):
+    run = start("confined", 2, STOP_FILE=str(tmp_path / "stop"))
+    run.wait_until_working()
+    (tmp_path / "stop").touch()
+    run.wait_for_end(SOON)
+    reason = "[Errno 27] File too large"
+    assert run.messages == [f"mindgen: ranks of this host talk over gloo, which is slow here: {reason}"]
+    assert run.code == 0
 
 
 @pytest.mark.full

@@ -1,4 +1,4 @@
-"""Groups of real ranks: one world of 4 is started once, and every check in `group_program.py` is one test here."""
+"""Groups of real ranks: a world of 4 is started once a kind, and every check in `group_program.py` is one test here."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mindgen.parallel.group import SingleGroup
+from mindgen.parallel.place import COLLECTIVES
 from mindgen.parallel.topology import SINGLE
 from mindgen.parallel.world import RankError, connect
 from tests.parallel.group_program import CHECKS
@@ -19,9 +20,9 @@ from tests.parallel.group_program import CHECKS
 PROGRAM = Path(__file__).with_name("group_program.py")
 
 
-@pytest.fixture(scope="module")
-def results():
-    environ = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2]), "OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="module", params=["auto", "gloo"])
+def results(request):
+    environ = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2]), "OMP_NUM_THREADS": "1", COLLECTIVES: request.param}
     command = [sys.executable, str(PROGRAM)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
 import pytest
 
 from mindgen.parallel.launch import join_ranks
-from mindgen.parallel.place import Place, read_meeting, read_place
+from mindgen.parallel.place import COLLECTIVES, Place, read_collectives, read_meeting, read_place
 
 TORCHRUN = {
     "RANK": "5",
@@ -58,3 +58,10 @@ def test_an_impossible_meeting_is_refused(name, value):
 def test_other_sizes_than_the_launcher_started_are_refused_with_both():
     with pytest.raises(ValueError, match=r"4 ranks are asked for .* the launcher started 8"):
         join_ranks(TORCHRUN, world_size=4)
+
+
+def test_ranks_share_memory_unless_gloo_is_asked_for():
+    assert read_collectives({}) == "auto"
+    assert read_collectives({COLLECTIVES: "gloo"}) == "gloo"
+    with pytest.raises(ValueError, match="MINDGEN_COLLECTIVES is 'mpi'; it must be auto or gloo"):
+        read_collectives({COLLECTIVES: "mpi"})

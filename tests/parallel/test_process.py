@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -37,3 +38,18 @@ def test_a_process_that_is_gone_is_nothing_to_kill(sleeper):
     sleeper.kill()
     sleeper.wait()
     process.kill()
+
+
+def test_a_process_that_has_ended_is_not_alive_even_before_its_parent_asks(sleeper):
+    process = Process.at(sleeper.pid)
+    assert process.is_alive
+    sleeper.kill()
+    os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)
+    assert not process.is_alive
+    sleeper.wait()
+    assert not process.is_alive
+
+
+def test_a_later_process_with_the_same_number_is_not_the_one_that_lived():
+    assert Process.mine().is_alive
+    assert not Process(Process.mine().boot, os.getpid(), "1").is_alive
