@@ -12,7 +12,8 @@ def option(default: Any, help: str, *flags: str, **more: Any) -> Any:
     """A field of a configuration and what the command line says of it.
 
     `flags` are its names there (the field's own name with dashes when none is given); `more` may hold `choices`,
-    `metavar`, and for a tuple the `style`: `commas` (one value), `repeat` (the flag again) or `several` (after it).
+    `metavar`, and the `style`: of a tuple `commas` (one value), `repeat` (the flag again) or `several` (after it); of a
+    bool `truth`, if the switch takes True or False after it in place of --no before it.
     """
     return field(default=default, metadata={"help": help, "flags": flags} | more)
 
@@ -33,13 +34,17 @@ class EngineConfig:
     dtype: str | None = option(
         None, "precision of weights and computation (default: as stored)", choices=tuple(PRECISIONS)
     )
-    attention: str = option("auto", "attention backend", choices=("auto", "sdpa", "reference"))
+    attention: str = option("auto", "attention backend", choices=("auto", "cpu", "sdpa", "reference"))
     use_kv_cache: bool = option(True, "keep keys and values; without it every step recomputes the whole sequence")
     block_size: int = option(128, "tokens of one cache block")
     max_batch_tokens: int = option(2048, "tokens of one forward pass, decodes and prompts together")
-    kv_cache_memory: float | None = option(
-        None, "GiB of cache on each rank (default: 0.3 of the free memory on a CPU, 0.9 on a CUDA device or NPU)"
+    kv_cache_memory: float | None = option(None, "GiB of cache on each rank (default: by --kv-cache-fraction)")
+    kv_cache_fraction: float | None = option(
+        None,
+        "share of the free memory for the cache; the ranks of a host divide it on a CPU, where it is 0.3 by default, "
+        "and each has it of its own device on CUDA and NPU, where it is 0.9",
     )
+    prefix_reuse: bool = option(True, "compute what prompts begin with in common only once, while the cache has it")
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -50,3 +55,16 @@ class EngineConfig:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if self.kv_cache_memory is not None and not 0 < self.kv_cache_memory < 2**30:
             raise ValueError(f"kv_cache_memory is {self.kv_cache_memory}; it must be a number of GiB above 0")
+        self._check_fraction()
+
+    def _check_fraction(self) -> None:
+        fraction = self.kv_cache_fraction
+        if fraction is None:
+            return
+        if not 0 < fraction <= 1:
+            raise ValueError(f"kv_cache_fraction is {fraction}; it must be above 0 and at most 1")
+        if self.kv_cache_memory is not None:
+            raise ValueError(
+                f"kv_cache_fraction {fraction} and kv_cache_memory {self.kv_cache_memory} both say how large the cache "
+                "is; give one of them"
+            )

@@ -25,7 +25,12 @@ ROOMS = (
 )
 # Packages that cost seconds or are not always there: never at the top of a module.
 HEAVY = {"transformers", "torch_npu", "deepspeed", "triton", "sentencepiece", "tokenizers", "tiktoken", "psutil"}
-NO_TORCH = ("engine/request.py", "engine/blocks.py", "engine/scheduler.py", "spec.py", "config.py", "__main__.py")
+NO_TORCH = (
+    *(f"engine/{name}.py" for name in ("request", "params", "past", "blocks", "tables", "units", "fits", "scheduler")),
+    "spec.py",
+    "config.py",
+    "__main__.py",
+)
 
 
 def modules() -> list[Path]:

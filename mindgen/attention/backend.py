@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:  # the engine stands above attention: only the shapes of its values are known here
     from mindgen.engine.batch import Batch
     from mindgen.engine.kv_cache import KVCache
+
+CPU = torch.device("cpu")
 
 
 class AttentionContext(Protocol):
@@ -39,23 +42,36 @@ class AttentionBackend(Protocol):
         ...
 
 
-BACKENDS = ("sdpa", "reference")  # `auto` takes the first
+BACKENDS = ("cpu", "sdpa", "reference")  # `auto` takes the first that is available
 
 
-def choose_backend(name: str, window: int | None) -> AttentionBackend:
-    """The backend called `name`; `auto` is the first of BACKENDS, which runs on every device that torch knows.
+def choose_backend(name: str, window: int | None, device: torch.device = CPU) -> AttentionBackend:
+    """The backend called `name` for a device; `auto` is the first of BACKENDS that is available there.
 
-    `window` is the model's sliding window in tokens, or None. Raises ValueError for an unknown name.
+    `window` is the model's sliding window in tokens, or None. Raises ValueError for an unknown name, and for a backend
+    that cannot run there, saying why.
     """
+    if name == "auto":
+        name = next(backend for backend in BACKENDS if unavailable(backend, device) is None)
+    if name not in BACKENDS:
+        raise ValueError(f"unknown attention backend {name!r}; choose one of auto, {', '.join(BACKENDS)}")
+    reason = unavailable(name, device)
+    if reason is not None:
+        others = [backend for backend in BACKENDS if unavailable(backend, device) is None]
+        raise ValueError(f"attention backend {name!r} cannot run: {reason}; choose one of auto, {', '.join(others)}")
+    return _classes()[name](window)
+
+
+def unavailable(name: str, device: torch.device) -> str | None:
+    """Why the backend called `name` cannot run on `device`; None if it can."""
+    if name == "cpu" and device.type != "cpu":
+        return f"it computes on the CPU, and the model is on {device.type}"
+    return None
+
+
+def _classes() -> dict[str, Callable[[int | None], AttentionBackend]]:
+    from mindgen.attention.cpu import CpuAttention
     from mindgen.attention.reference import ReferenceAttention
     from mindgen.attention.sdpa import SdpaAttention
 
-    classes: dict[str, Callable[[int | None], AttentionBackend]] = {
-        "sdpa": SdpaAttention,
-        "reference": ReferenceAttention,
-    }
-    if name == "auto":
-        name = BACKENDS[0]
-    if name not in classes:
-        raise ValueError(f"unknown attention backend {name!r}; choose one of auto, {', '.join(BACKENDS)}")
-    return classes[name](window)
+    return {"cpu": CpuAttention, "sdpa": SdpaAttention, "reference": ReferenceAttention}

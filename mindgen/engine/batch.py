@@ -1,40 +1,49 @@
-"""This step's tensors, and the one integer buffer in which they travel to the other ranks.
+"""This step's tensors, and the one integer buffer in which they are made and travel to the other ranks.
 
-Legend: T tokens in the step, S sequences, R sampled rows, C block copies.
+Legend: T tokens in the step, S sequences, R sampled rows, P scored rows, C block copies, H seen and A added tokens.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from mindgen.engine.request import SEED_LIMIT, RowParams
+from mindgen.engine.request import SEED_LIMIT
 from mindgen.engine.scheduler import Chunk, Step
+
+ROW_INTEGERS = ("top_k", "num_top", "min_keep", "beam", "logprob")  # as `RowParams.integers` gives them
+ROW_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, eq=False)
 class SampleRows:
     """The rows whose next token is wanted; all CPU tensors, float64 or int64.
 
-    A token may be wanted several times, by rows with different seeds.
+    A token may be wanted several times, by rows with different seeds. No (row, token) is twice among the added ones.
     """
 
     at: Tensor  # [R] where among the batch's T tokens the logits are wanted
-    temperature: Tensor  # [R] float64, 0 for no sampling
-    top_k: Tensor  # [R] 0 keeps all
-    top_p: Tensor  # [R] float64
-    repetition_penalty: Tensor  # [R] float64, 1 for none
     seed: Tensor  # [R] 64 bits, those above 2**63 - 1 as negative numbers
     position: Tensor  # [R] the position of the token to be chosen
+    top_k: Tensor  # [R] 0 keeps all
     num_top: Tensor  # [R] how many alternatives to return
-    min_keep: Tensor  # [R] how many tokens top-k and top-p leave at least
+    min_keep: Tensor  # [R] how many tokens top-k, top-p and min-p leave at least
     beam: Tensor  # [R] 1 where the alternatives are the candidates of a beam
-    history_starts: Tensor  # [R + 1] bounds of each row's tokens in `history`
-    history: Tensor  # token ids so far, only of rows with a repetition penalty
+    logprob: Tensor  # [R] 1 where the chosen token's log-probability is wanted
+    temperature: Tensor  # [R] float64, 0 for no sampling
+    top_p: Tensor  # [R] float64
+    min_p: Tensor  # [R] float64
+    repetition_penalty: Tensor  # [R] float64, 1 for none
+    seen_row: Tensor  # [H]
+    seen: Tensor  # [H] token ids so far, each once, only of rows with a repetition penalty
+    added_row: Tensor  # [A]
+    added_id: Tensor  # [A] the token whose score changes
+    added: Tensor  # [A] float64, -inf for a token that cannot come
 
     def __len__(self) -> int:
         return len(self.at)
@@ -43,6 +52,28 @@ class SampleRows:
     def most_top(self) -> int:
         """The largest `num_top`, which sets the width of the results."""
         return int(self.num_top.max()) if len(self) else 0
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredRows:
+    """Rows whose next token is known and whose log-probability is wanted; int64 CPU tensors."""
+
+    at: Tensor  # [P] where among the batch's T tokens the logits are wanted
+    token: Tensor  # [P] the token that follows
+    num_top: Tensor  # [P] how many alternatives to return
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    @property
+    def most_top(self) -> int:
+        """The largest `num_top`."""
+        return int(self.num_top.max()) if len(self) else 0
+
+    def split(self, size: int) -> Iterator[ScoredRows]:
+        """The same rows, at most `size` at a time."""
+        parts = zip(self.at.split(size), self.token.split(size), self.num_top.split(size), strict=True)
+        return (ScoredRows(*part) for part in parts if len(part[0]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,124 +93,165 @@ class Batch:
     block_tables: Tensor  # [S, most blocks of a sequence]
     copies: Tensor  # [C, 2] source and destination block, to be copied before the forward pass
     samples: SampleRows
+    scored: ScoredRows
+    packed: Tensor  # everything in one int64 vector; the other tensors are views of it
 
     @property
     def sample_rows(self) -> Tensor:
-        """Where in the T tokens logits are wanted [R]; a token may appear more than once."""
+        """Where in the T tokens logits are wanted to draw from [R]; a token may appear more than once."""
         return self.samples.at
 
     @property
     def num_tokens(self) -> int:
         """T."""
-        return len(self.tokens)
+        return self.tokens.shape[0]
+
+    @property
+    def num_results(self) -> int:
+        """R + P: the sampled rows come first."""
+        return len(self.samples) + len(self.scored)
+
+    @property
+    def most_top(self) -> int:
+        """The largest number of alternatives that any row wants."""
+        return max(self.samples.most_top, self.scored.most_top)
 
     def pack(self) -> Tensor:
-        """Everything in one int64 vector: each field's shape, then each field's numbers, floats bit for bit."""
-        parts = [part.contiguous() for part in _tensors(self)]
-        shapes = [size for part in parts for size in _shape(part)]
-        return torch.cat([_ints(shapes), *(part.view(torch.int64).flatten() for part in parts)])
+        """Everything in one int64 vector: the sizes, then each part's numbers, floats bit for bit."""
+        return self.packed
 
     @classmethod
     def unpack(cls, packed: Tensor) -> Batch:
         """The batch that `pack` wrote."""
-        parts = dict(zip(_NAMES, _split(packed.contiguous()), strict=True))
-        samples = SampleRows(**{name: parts.pop(name) for name in _SAMPLE_NAMES})
-        return cls(**parts, samples=samples)
+        sizes = packed[:_NUM_SIZES].tolist()
+        _, _, num_sequences, width, num_copies, num_rows, num_seen, num_added, num_scored = sizes
+        tokens, positions, slots, starts, lengths, tables, copies, integers, seen, added, scored, floats, values = (
+            packed[_NUM_SIZES:].split(_lengths(*sizes))
+        )
+        columns = (
+            *integers.view(_NUM_INTEGERS, num_rows).unbind(),
+            *floats.view(torch.float64).view(len(ROW_FLOATS), num_rows).unbind(),
+            *seen.view(2, num_seen).unbind(),
+            *added.view(2, num_added).unbind(),
+            values.view(torch.float64),
+        )
+        return cls(
+            tokens, positions, slots, starts, lengths, tables.view(num_sequences, width), copies.view(num_copies, 2),
+            SampleRows(*columns), ScoredRows(*scored.view(3, num_scored).unbind()), packed,
+        )  # fmt: skip
 
 
-_BATCH_NAMES = tuple(item.name for item in fields(Batch) if item.name != "samples")
-_SAMPLE_NAMES = tuple(item.name for item in fields(SampleRows))
-_NAMES = _BATCH_NAMES + _SAMPLE_NAMES
-_FLOATS = ("temperature", "top_p", "repetition_penalty")
-_VECTOR = -1  # stands for the missing second size
+_NUM_SIZES = 9
+_NUM_INTEGERS = 3 + len(ROW_INTEGERS)
 
 
-def _tensors(batch: Batch) -> Iterator[Tensor]:
-    for name in _BATCH_NAMES:
-        yield getattr(batch, name)
-    for name in _SAMPLE_NAMES:
-        yield getattr(batch.samples, name)
-
-
-def _shape(part: Tensor) -> tuple[int, int]:
-    return (part.shape[0], _VECTOR) if part.dim() == 1 else (part.shape[0], part.shape[1])
-
-
-def _split(packed: Tensor) -> Iterator[Tensor]:
-    shapes = packed[: 2 * len(_NAMES)].view(-1, 2).tolist()
-    offset = 2 * len(_NAMES)
-    for name, (rows, columns) in zip(_NAMES, shapes, strict=True):
-        size = rows if columns == _VECTOR else rows * columns
-        part = packed[offset : offset + size]
-        offset += size
-        part = part.view(torch.float64) if name in _FLOATS else part
-        yield part if columns == _VECTOR else part.view(rows, columns)
-    assert offset == len(packed), f"a batch of {len(packed)} numbers was read up to {offset}"
+def _lengths(
+    tokens: int, slots: int, sequences: int, width: int, copies: int, rows: int, seen: int, added: int, scored: int
+) -> list[int]:
+    """How long each part of a packed batch is."""
+    integers, floats = _NUM_INTEGERS * rows, len(ROW_FLOATS) * rows
+    ends = [sequences + 1, sequences, sequences * width, 2 * copies]
+    return [tokens, tokens, slots, *ends, integers, 2 * seen, 2 * added, 3 * scored, floats, added]
 
 
 def make_batch(step: Step, block_size: int | None) -> Batch:
     """The tensors of a step; `block_size` is None without a cache. To be called before anything else is scheduled."""
     chunks = step.chunks
-    most_blocks = max((len(chunk.sequence.blocks) for chunk in chunks), default=0)
-    return Batch(
-        tokens=_ints(token for chunk in chunks for token in chunk.tokens),
-        positions=_ints(position for chunk in chunks for position in chunk.positions),
-        slots=_ints(slot for chunk in chunks for slot in _slots(chunk, block_size)),
-        query_starts=_ints(accumulate((chunk.length for chunk in chunks), initial=0)),
-        context_lens=_ints(chunk.end for chunk in chunks),
-        block_tables=_table([chunk.sequence.blocks for chunk in chunks], most_blocks),
-        copies=_ints(block for pair in step.copies for block in pair).view(-1, 2),
-        samples=_sample_rows(chunks),
-    )
+    tokens = [token for chunk in chunks for token in chunk.tokens]
+    positions = [position for chunk in chunks for position in chunk.positions]
+    slots = [] if block_size is None else [slot for chunk in chunks for slot in _slots(chunk, block_size)]
+    starts = list(accumulate([chunk.length for chunk in chunks], initial=0))
+    lengths = [chunk.end for chunk in chunks]
+    width = max([len(chunk.sequence.blocks) for chunk in chunks], default=0)
+    tables = [block for chunk in chunks for block in _padded(chunk.sequence.blocks, width)]
+    copies = [block for pair in step.copies for block in pair]
+    rows, scored = _Rows(), _scored(chunks, starts)
+    for chunk, end in zip(chunks, starts[1:], strict=True):
+        if chunk.num_samples:
+            rows.add(chunk, end - 1)
+    sizes = [len(tokens), len(slots), len(chunks), width, len(step.copies), *rows.sizes, len(scored) // 3]
+    parts = (sizes, tokens, positions, slots, starts, lengths, tables, copies, *rows.integers, scored)
+    packed = array("q", [number for part in parts for number in part])
+    packed.frombytes(array("d", rows.floats).tobytes())
+    return Batch.unpack(torch.frombuffer(packed, dtype=torch.int64))
 
 
-def _slots(chunk: Chunk, block_size: int | None) -> Iterator[int]:
-    if block_size is not None:
-        blocks = chunk.sequence.blocks
-        for position in chunk.positions:
-            yield blocks[position // block_size] * block_size + position % block_size
+def scored_positions(chunk: Chunk) -> range:
+    """The positions of the prompt's tokens whose log-probabilities this chunk gives: one after those it computes."""
+    sequence = chunk.sequence
+    if sequence.request.params.num_prompt_top is None:
+        return range(0)
+    first, last = max(chunk.start, sequence.num_scored), min(chunk.end, len(sequence.request.prompt) - 1)
+    return range(first + 1, max(first, last) + 1)
 
 
-def _table(rows: list[list[int]], width: int) -> Tensor:
-    return _ints(block for row in rows for block in row + [0] * (width - len(row))).view(len(rows), width)
+def _scored(chunks: tuple[Chunk, ...], starts: list[int]) -> list[int]:
+    """All places, then all tokens, then all numbers of alternatives."""
+    at, tokens, num_top = [], [], []
+    for chunk, start in zip(chunks, starts, strict=False):
+        if positions := scored_positions(chunk):
+            at += [start + position - 1 - chunk.start for position in positions]
+            tokens += chunk.sequence.tokens[positions.start : positions.stop]
+            num_top += [chunk.sequence.request.params.num_prompt_top or 0] * len(positions)
+    return at + tokens + num_top
 
 
-def _sample_rows(chunks: tuple[Chunk, ...]) -> SampleRows:
-    ends = accumulate(chunk.length for chunk in chunks)
-    rows = [
-        (end - 1, chunk, chunk.sequence.row_seed(sample))
-        for end, chunk in zip(ends, chunks, strict=True)
-        for sample in range(chunk.num_samples)
-    ]
-    params = [chunk.sequence.row for _, chunk, _ in rows]
-    histories = [_history(chunk, row) for (_, chunk, _), row in zip(rows, params, strict=True)]
-    return SampleRows(
-        at=_ints(token for token, _, _ in rows),
-        temperature=_floats(row.temperature for row in params),
-        top_k=_ints(row.top_k for row in params),
-        top_p=_floats(row.top_p for row in params),
-        repetition_penalty=_floats(row.repetition_penalty for row in params),
-        seed=_ints(_signed(seed) for _, _, seed in rows),
-        position=_ints(chunk.end for _, chunk, _ in rows),
-        num_top=_ints(row.num_top for row in params),
-        min_keep=_ints(row.min_keep for row in params),
-        beam=_ints(int(row.beam) for row in params),
-        history_starts=_ints(accumulate((len(history) for history in histories), initial=0)),
-        history=_ints(token for history in histories for token in history),
-    )
+def _slots(chunk: Chunk, block_size: int) -> Iterator[int]:
+    blocks = chunk.sequence.blocks
+    for position in chunk.positions:
+        yield blocks[position // block_size] * block_size + position % block_size
 
 
-def _history(chunk: Chunk, row: RowParams) -> list[int]:
-    return chunk.sequence.tokens if row.repetition_penalty != 1.0 else []
+def _padded(blocks: list[int], width: int) -> list[int]:
+    return blocks if len(blocks) == width else blocks + [0] * (width - len(blocks))
+
+
+class _Rows:
+    """The sampled rows, one after the other."""
+
+    def __init__(self) -> None:
+        self._integers: list[tuple[int, ...]] = []
+        self._floats: list[tuple[float, ...]] = []
+        self._seen_row: list[int] = []
+        self._seen: list[int] = []
+        self._added_row: list[int] = []
+        self._added_id: list[int] = []
+        self._added: list[float] = []
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return len(self._integers), len(self._seen), len(self._added)
+
+    @property
+    def integers(self) -> Iterator[tuple[int, ...] | list[int]]:
+        """Column after column."""
+        yield from zip(*self._integers, strict=True)
+        yield from (self._seen_row, self._seen, self._added_row, self._added_id)
+
+    @property
+    def floats(self) -> list[float]:
+        return [number for column in zip(*self._floats, strict=True) for number in column] + self._added
+
+    def add(self, chunk: Chunk, at: int) -> None:
+        """The rows of a chunk whose last token is the batch's token `at`."""
+        sequence = chunk.sequence
+        sequence.past.read(sequence.tokens)
+        for sample in range(chunk.num_samples):
+            row = len(self._integers)
+            self._integers.append((at, _signed(sequence.row_seed(sample)), chunk.end, *sequence.row.integers))
+            self._floats.append(sequence.row.floats)
+            self._add_past(row, chunk)
+
+    def _add_past(self, row: int, chunk: Chunk) -> None:
+        past = chunk.sequence.past
+        if past.seen:
+            self._seen_row += [row] * len(past.seen)
+            self._seen += past.seen
+        if added := past.added(chunk.sequence.tokens):
+            self._added_row += [row] * len(added)
+            self._added_id += added
+            self._added += added.values()
 
 
 def _signed(seed: int) -> int:
     return seed - SEED_LIMIT if seed >= SEED_LIMIT // 2 else seed
-
-
-def _ints(numbers: object) -> Tensor:
-    return torch.tensor(list(numbers), dtype=torch.int64)  # type: ignore[call-overload]
-
-
-def _floats(numbers: object) -> Tensor:
-    return torch.tensor(list(numbers), dtype=torch.float64)  # type: ignore[call-overload]

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from mindgen.engine.answers import Answer, Beams, News, Samples
-from mindgen.engine.batch import Batch, make_batch
+from mindgen.engine.answers import Answer, News, make_answer
+from mindgen.engine.batch import Batch, make_batch, scored_positions
 from mindgen.engine.request import SEED_LIMIT, Output, Request, Sequence, Status
 from mindgen.engine.results import read_row
 from mindgen.engine.scheduler import Scheduler, Step
@@ -63,9 +63,8 @@ class Engine:
         params = request.params
         ends = Ends.of(params, self.eos_ids)
         seed = secrets.randbelow(SEED_LIMIT) if params.seed is None else params.seed
-        self.scheduler.submit(Sequence.start(request, seed, len(ends.ids)))
-        kind = Beams if params.num_beams > 1 else Samples
-        self._answers[request.id] = kind(request, ends, self._tools)
+        self.scheduler.submit(Sequence.start(request, seed, ends.ids, self._bad_words(request)))
+        self._answers[request.id] = make_answer(request, ends, self._tools)
 
     def step(self) -> list[Output]:
         """Fill the pipeline, wait for the oldest step in flight, and tell what is new. May be empty."""
@@ -105,6 +104,7 @@ class Engine:
 
     def _commit(self, step: Step, rows: list[list[float]]) -> list[Output]:
         self.scheduler.commit(step)
+        self._read_scores(step, rows)
         outputs = []
         for request_id, news in _by_request(step, rows).items():
             answer = self._answers[request_id]
@@ -113,16 +113,37 @@ class Engine:
                 del self._answers[request_id]
         return outputs
 
+    def _read_scores(self, step: Step, rows: list[list[float]]) -> None:
+        """What prompts were scored goes to their answers; its rows lie behind those that were drawn."""
+        at = sum(chunk.num_samples for chunk in step.chunks)
+        for chunk in step.chunks:
+            positions, sequence = scored_positions(chunk), chunk.sequence
+            if positions and sequence.status is not Status.FINISHED:
+                num_top = sequence.request.params.num_prompt_top or 0
+                found = [read_row(row, num_top) for row in rows[at : at + len(positions)]]
+                self._answers[sequence.request.id].read_prompt(found)
+                sequence.num_scored = positions.stop - 1
+            at += len(positions)
+
     def _check(self, request: Request) -> None:
+        params = request.params
         if self.vocab_size is not None:
-            foreign = next((token for token in request.prompt if not 0 <= token < self.vocab_size), None)
-            if foreign is not None:
-                raise ValueError(
-                    f"the prompt of request {request.id} has token id {foreign}; "
-                    f"the model's vocabulary goes from 0 to {self.vocab_size - 1}"
-                )
-        if request.params.stop and self._tools is None:
+            self._check_tokens(f"the prompt of request {request.id}", request.prompt)
+            self._check_tokens(f"the logit_bias of request {request.id}", dict(params.logit_bias))
+        if params.stop and self._tools is None:
             raise ValueError(f"request {request.id} has stop strings, which need a tokenizer; use stop_token_ids")
+        if params.bad_words and (self._tools is None or self._tools.encode is None):
+            raise ValueError(f"request {request.id} has bad_words, which need a tokenizer; use logit_bias")
+
+    def _check_tokens(self, name: str, tokens: Iterable[int]) -> None:
+        size = self.vocab_size or 0
+        foreign = next((token for token in tokens if not 0 <= token < size), None)
+        if foreign is not None:
+            raise ValueError(f"{name} has token id {foreign}; the model's vocabulary goes from 0 to {size - 1}")
+
+    def _bad_words(self, request: Request) -> list[tuple[int, ...]]:
+        words = request.params.bad_words
+        return [way for word in words for way in self._tools.ways_to_write(word)] if self._tools else []
 
 
 def _by_request(step: Step, rows: list[list[float]]) -> dict[int, News]:

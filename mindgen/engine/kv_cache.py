@@ -15,8 +15,9 @@ from torch import Tensor
 class KVCache:
     """Keys and values, one tensor a layer, each [num_blocks, block_size, H, D].
 
-    It starts as zeros, so that a kernel which reads a whole block and masks afterwards meets no NaN. On CPU, memory is
-    taken from the system only as it is written.
+    On CPU they are views of memory [H, num_blocks, block_size, D], so that the keys of one head in neighbouring blocks
+    are one matrix, and memory is taken from the system only as it is written. The cache starts as zeros, so that a
+    kernel which reads a whole block and masks afterwards meets no NaN.
     """
 
     def __init__(
@@ -29,12 +30,12 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        sizes = (num_blocks, block_size, num_kv_heads, head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = torch.device(device)
-        self.keys = [_zeros(shape, dtype, self.device) for _ in range(num_layers)]
-        self.values = [_zeros(shape, dtype, self.device) for _ in range(num_layers)]
+        self.keys = [_zeros(sizes, dtype, self.device) for _ in range(num_layers)]
+        self.values = [_zeros(sizes, dtype, self.device) for _ in range(num_layers)]
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store `keys` and `values` [T, H, D] at `slots` [T] (int64) of one layer."""
@@ -59,8 +60,10 @@ def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: i
     return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _zeros(sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = numpy.zeros(prod(shape) * dtype.itemsize, dtype=numpy.uint8)  # torch.zeros would write them all now
-    return torch.from_numpy(pages).view(dtype).view(shape)
+        return torch.zeros(sizes, dtype=dtype, device=device)
+    num_blocks, block_size, num_kv_heads, head_dim = sizes
+    pages = numpy.zeros(prod(sizes) * dtype.itemsize, dtype=numpy.uint8)  # torch.zeros would write them all now
+    planes = torch.from_numpy(pages).view(dtype).view(num_kv_heads, num_blocks, block_size, head_dim)
+    return planes.permute(1, 2, 0, 3)

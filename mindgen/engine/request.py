@@ -2,90 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from math import isfinite
+from functools import cached_property
 from typing import Literal
+
+from mindgen.engine.params import MOST_SAMPLES, SEED_LIMIT, SamplingParams
+from mindgen.engine.past import Past, Rules, TokenIds
+
+__all__ = [
+    "MOST_SAMPLES", "SEED_LIMIT", "FinishReason", "Output", "Request", "RowParams", "SamplingParams", "Sequence",
+    "Status", "TokenLogprob", "derive_seed",
+]  # fmt: skip
 
 FinishReason = Literal["eos", "length", "stop", "abort", "error"]
 
-SEED_LIMIT = 1 << 64
-MOST_SAMPLES = 256  # samples or beams of one request
-_LARGEST = (1 << 31) - 1
-_SMALLEST = 1e-5  # below it float32 logits overflow
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: the increment of splitmix64
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to choose tokens, and when to stop.
-
-    max_new_tokens: the most tokens to generate.
-    temperature: divides the logits; 0 chooses the most probable token (greedy), and with beams it means a search
-        without sampling.
-    top_k: keep the k most probable tokens, ties included; 0 keeps all.
-    top_p: keep the most probable tokens until their probabilities reach this sum; 1 keeps all.
-    repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt and answer; 1 is off.
-    seed: 0 to 2**64 - 1; the same seed gives the same tokens in any company. None draws one.
-    stop: strings that end the text; they are not part of it.
-    stop_token_ids: tokens that end the text, beside the model's own; kept in the token ids, absent from the text.
-    ignore_eos: go on after an end-of-text token.
-    n: how many answers; sample 0 is the answer that n=1 gives. With beams, how many of the best are returned.
-    num_beams: more than one makes it a beam search; its answers come at the end.
-    length_penalty: beams are ranked by sum of log-probabilities / length**length_penalty.
-    logprobs: None, or how many of the most probable tokens to report beside each chosen token's log-probability.
-
-    Raises ValueError for a value outside its range and for options that contradict each other.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    n: int = 1
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_int("max_new_tokens", self.max_new_tokens, 1, _LARGEST)
-        _check_float("temperature", self.temperature, 0.0)
-        if 0 < self.temperature < _SMALLEST:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or at least {_SMALLEST}")
-        _check_int("top_k", self.top_k, 0, _LARGEST)
-        _check_float("top_p", self.top_p, 0.0, 1.0)
-        _check_float("repetition_penalty", self.repetition_penalty, _SMALLEST, 1 / _SMALLEST)
-        _check_float("length_penalty", self.length_penalty, -10.0, 10.0)
-        _check_int("n", self.n, 1, MOST_SAMPLES)
-        _check_int("num_beams", self.num_beams, 1, MOST_SAMPLES)
-        if self.seed is not None:
-            _check_int("seed", self.seed, 0, SEED_LIMIT - 1)
-        if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, 1000)
-        self._check_stops()
-        if self.num_beams > 1:
-            self._check_beams()
-
-    def _check_stops(self) -> None:
-        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"stop is {self.stop!r}; it must be a tuple of strings that are not empty")
-        for token in self.stop_token_ids:
-            _check_int("a stop token id", token, 0)
-
-    def _check_beams(self) -> None:
-        if self.n > self.num_beams:
-            raise ValueError(
-                f"n is {self.n}, but {self.num_beams} beams give at most that many answers; raise num_beams"
-            )
-        if self.stop:
-            raise ValueError("beam search compares token sequences and knows no stop strings; use stop_token_ids")
-        if self.logprobs is not None:
-            raise ValueError("beam search reports no log-probabilities of tokens; leave logprobs out")
 
 
 @dataclass(frozen=True)
@@ -108,17 +41,20 @@ class Request:
 class RowParams:
     """What the sampler must know of a request, for each of its rows.
 
-    num_top: how many alternatives come back with the token. min_keep: how many tokens top-p and top-k leave at least.
-    beam: processors act on log-probabilities, and the alternatives are the candidates of a beam.
+    num_top: how many alternatives come back with the token. min_keep: how many tokens top-k, top-p and min-p leave at
+    least. beam: processors act on log-probabilities, and the alternatives are the candidates of a beam. logprob: is
+    the chosen token's log-probability wanted?
     """
 
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
     repetition_penalty: float
     num_top: int
     min_keep: int
     beam: bool
+    logprob: bool
 
     @classmethod
     def of(cls, params: SamplingParams, num_end_ids: int = 0) -> RowParams:
@@ -128,11 +64,23 @@ class RowParams:
             temperature=params.temperature,
             top_k=params.top_k,
             top_p=params.top_p,
+            min_p=params.min_p,
             repetition_penalty=params.repetition_penalty,
             num_top=max(2, 1 + num_end_ids) * params.num_beams if beam else params.logprobs or 0,
             min_keep=1 + max(1, num_end_ids) if beam else 1,
             beam=beam,
+            logprob=params.logprobs is not None or params.best_of is not None,
         )
+
+    @cached_property
+    def integers(self) -> tuple[int, ...]:
+        """As they travel, in the order of `batch.ROW_INTEGERS`."""
+        return self.top_k, self.num_top, self.min_keep, int(self.beam), int(self.logprob)
+
+    @cached_property
+    def floats(self) -> tuple[float, ...]:
+        """As they travel, in the order of `batch.ROW_FLOATS`."""
+        return self.temperature, self.top_p, self.min_p, self.repetition_penalty
 
 
 class Status(Enum):
@@ -149,7 +97,11 @@ class Sequence:
 
     tokens: the prompt and what was generated. blocks: its places in the cache, in order. num_computed: how many
     tokens have their keys and values there. num_samples: rows to draw when all tokens are computed: n for a prompt
-    that is still one for n samples, else 1. in_flight: part of a step whose results are not back yet.
+    that is still one for n samples, else 1. in_flight: part of a step whose results are not back yet. num_scored: how
+    many tokens of the prompt, after the first, have their log-probabilities, where they are wanted. past: what
+    processors must know of the tokens. reuse: False to compute every token, even where the cache knows its block. salt:
+    what else its keys and values depend on, for example an adapter; blocks are shared only among equals. keys: those
+    of its full blocks, as far as they were wanted.
     """
 
     request: Request
@@ -162,19 +114,30 @@ class Sequence:
     num_samples: int = 1
     status: Status = Status.WAITING
     in_flight: bool = False
+    num_scored: int = 0
+    reuse: bool = True
+    salt: str = ""
+    keys: list[bytes] = field(default_factory=list)
+    past: Past = field(kw_only=True)
 
     @classmethod
-    def start(cls, request: Request, seed: int, num_end_ids: int = 0) -> Sequence:
-        """The sequence that computes the prompt of a request."""
-        params = request.params
-        samples = params.n if params.num_beams == 1 else 1
-        return cls(request, RowParams.of(params, num_end_ids), seed, tokens=list(request.prompt), num_samples=samples)
+    def start(
+        cls, request: Request, seed: int, end_ids: Collection[int] = (), bad_words: Iterable[TokenIds] = ()
+    ) -> Sequence:
+        """The sequence that computes the prompt of a request. `end_ids` can end its text; `bad_words` are token ids."""
+        params, tokens = request.params, list(request.prompt)
+        past = Past(Rules.of(params, len(tokens), end_ids, bad_words))
+        sequence = cls(request, RowParams.of(params, len(end_ids)), seed, tokens=tokens, past=past)
+        sequence.num_samples = params.num_drawn if params.num_beams == 1 else 1
+        sequence.reuse = params.num_prompt_top is None  # a token that is not computed has no logits
+        return sequence
 
     def fork(self, index: int) -> Sequence:
         """A sequence with the same past and its own number; it owns no blocks yet."""
-        return Sequence(
-            self.request, self.row, self.seed, index, list(self.tokens), [], self.num_computed, 1, self.status
-        )
+        past, tokens, keys = self.past.fork(), list(self.tokens), list(self.keys)
+        child = Sequence(self.request, self.row, self.seed, index, tokens, num_computed=self.num_computed, past=past)
+        child.status, child.salt, child.keys, child.num_scored = self.status, self.salt, keys, self.num_scored
+        return child
 
     @property
     def num_left(self) -> int:
@@ -188,10 +151,13 @@ class Sequence:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """The log-probability of a chosen token before any processor, and the most probable (token id, logprob) pairs."""
+    """The log-probability of a token before any processor, and the most probable (token id, logprob) pairs.
+
+    `logprob` is None for the first token of a prompt, which nothing precedes, and where the model gave NaN.
+    """
 
     token_id: int
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
 
 
@@ -199,9 +165,12 @@ class TokenLogprob:
 class Output:
     """News of one sequence: new token ids (an end-of-text token included) and the text that became certain.
 
-    The pieces of a sequence concatenate to its whole text, which holds neither end tokens nor stop strings.
+    The pieces of a sequence concatenate to its whole text, which holds neither end tokens nor stop strings. With
+    `echo` the first piece begins with the prompt: its token ids, its text and its log-probabilities.
     finish_reason: None while it goes on; `eos`, `length` (max_new_tokens), `stop` (a stop string or stop token),
-    `abort`, or `error`, for which `message` says what happened. score: of a beam, its rank value.
+    `abort`, or `error`, for which `message` says what happened. score: of a beam, its rank value; with `best_of` the
+    sum of the log-probabilities of the generated tokens. prompt_logprobs: where asked for, one for every token of the
+    prompt, with the first piece of each sequence.
     """
 
     request_id: int
@@ -212,6 +181,7 @@ class Output:
     logprobs: tuple[TokenLogprob, ...] | None = None
     score: float | None = None
     message: str | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 def derive_seed(seed: int, index: int) -> int:
@@ -222,16 +192,3 @@ def derive_seed(seed: int, index: int) -> int:
     state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % SEED_LIMIT
     state = (state ^ state >> 27) * 0x94D049BB133111EB % SEED_LIMIT
     return state ^ state >> 31
-
-
-def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        limit = "" if high is None else f" to {high}"
-        raise ValueError(f"{name} is {value!r}; it must be a whole number from {low}{limit or ' up'}")
-
-
-def _check_float(name: str, value: object, low: float, high: float | None = None, above: bool = False) -> None:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-    if not fits or value < low or (above and value == low) or (high is not None and value > high):  # type: ignore[operator]
-        limit = f"above {low}" if above else f"from {low}" + (" up" if high is None else f" to {high}")
-        raise ValueError(f"{name} is {value!r}; it must be a number {limit}")

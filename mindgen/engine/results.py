@@ -1,14 +1,16 @@
-"""A row of results: what the sampler says about one sampled row, and how it is laid out on its way to rank 0.
+"""A row of results: what the sampler says about one row, and how it is laid out on its way to rank 0.
 
-A row of float64, which holds every token id exactly: the token, its log-probability, then K token ids, K
-log-probabilities and K noises, where K is the most alternatives that any row of the step asked for.
+A row of float64, which holds every token id exactly: the token, its log-probability, then for each alternative its
+token id, log-probability and noise. All rows of a step are as wide as the one that asked for most alternatives.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isnan, nan
 
 NO_TOKEN = -1  # stands for the token of a row without usable logits, and for alternatives that do not exist
+NO_LOGPROB = nan  # where nobody asked for it
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Sampled:
-    """The outcome of one row. `token` is None if the model gave no usable logits: NaN, or nothing above -inf."""
+    """The outcome of one row. `token` is None if the model gave no usable logits: NaN, or nothing above -inf.
+
+    `logprob` is None if nobody asked for it.
+    """
 
     token: int | None
-    logprob: float
+    logprob: float | None
     top: tuple[Candidate, ...] = ()
 
 
@@ -36,9 +41,7 @@ def row_width(most_top: int) -> int:
 
 def read_row(row: list[float], num_top: int) -> Sampled:
     """The outcome of a row that asked for `num_top` alternatives."""
-    token, logprob, *rest = row
-    most = len(rest) // 3
-    columns = zip(rest[:most], rest[most : 2 * most], rest[2 * most :], strict=True)
-    top = [Candidate(int(token), logprob, noise) for token, logprob, noise in columns]
-    known = tuple(candidate for candidate in top[:num_top] if candidate.token != NO_TOKEN)
-    return Sampled(None if token == NO_TOKEN else int(token), logprob, known)
+    token, logprob = row[:2]
+    top = [Candidate(int(row[at]), row[at + 1], row[at + 2]) for at in range(2, row_width(num_top), 3)]
+    known = tuple(candidate for candidate in top if candidate.token != NO_TOKEN)
+    return Sampled(None if token == NO_TOKEN else int(token), None if isnan(logprob) else logprob, known)

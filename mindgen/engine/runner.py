@@ -5,12 +5,13 @@ and from each rank to the same tensor rank of the next stage, ahead of the hidde
 stage's tensor rank 0 back to rank 0. Waiting for another stage has no deadline, because a stage computes for as long
 as its device needs; that the ranks are alive is the watchdog's to see.
 
-Legend: T tokens in the step, R sampled rows.
+Legend: T tokens in the step, R rows with results.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -19,12 +20,13 @@ from torch import Tensor
 from mindgen.device import sampling_device
 from mindgen.engine.batch import Batch
 from mindgen.engine.kv_cache import KVCache
-from mindgen.engine.results import row_width
-from mindgen.engine.sampler import sample
+from mindgen.engine.results import NO_TOKEN, row_width
+from mindgen.engine.sampler import sample, score
 from mindgen.parallel.group import FOREVER
 from mindgen.parallel.world import World
 
-_STEP, _STOP = 1, 2
+_STEP, _STOP, _WORDS = 1, 2, 3
+_MOST_SCORED = 256  # rows of logits at a time
 
 
 class Stage(Protocol):
@@ -79,16 +81,24 @@ class Runner:
         if self._is_last:
             return self._results.popleft()
         rows = torch.empty(_result_shape(batch), dtype=torch.float64)
-        return self.world.pp.receive(rows, source=self.world.pp.size - 1, timeout=FOREVER)[: len(batch.samples)]
+        return self.world.pp.receive(rows, source=self.world.pp.size - 1, timeout=FOREVER)[: batch.num_results]
 
     def stop(self) -> None:
         """Rank 0: end the `follow` of all other ranks."""
         self._tell(_STOP, torch.empty(0, dtype=torch.int64))
 
-    def follow(self) -> None:
-        """The other ranks: take part in every step until rank 0 says stop."""
-        while (packed := self._hear()) is not None:
-            self._compute(Batch.unpack(packed))
+    def speak(self, words: Tensor) -> None:
+        """Rank 0: hand a vector of int64 to the `hear` of all other ranks."""
+        self._tell(_WORDS, words)
+
+    def follow(self, hear: Callable[[Tensor], None] = lambda words: None) -> None:
+        """The other ranks: take part in every step until rank 0 says stop. `hear` is given what it says beside."""
+        while (message := self._hear()) is not None:
+            kind, packed = message
+            if kind == _STEP:
+                self._compute(Batch.unpack(packed))
+            else:
+                hear(packed)
 
     @property
     def _is_first(self) -> bool:
@@ -100,14 +110,14 @@ class Runner:
 
     def _tell(self, kind: int, packed: Tensor) -> None:
         header = torch.tensor([kind, len(packed)], dtype=torch.int64)
-        for part in (header, packed)[: 1 + (kind == _STEP)]:
+        for part in (header, packed)[: 1 + (kind != _STOP)]:
             self.world.tp.broadcast(part)
             self._pass_on(part)
 
-    def _hear(self) -> Tensor | None:
-        """The next packed batch, already passed on to the next stage; None to stop. Waits as long as rank 0 idles."""
+    def _hear(self) -> tuple[int, Tensor] | None:
+        """The next message, already passed on to the next stage; None to stop. Waits as long as rank 0 idles."""
         kind, length = self._next_part(2).tolist()
-        return self._next_part(length) if kind == _STEP else None
+        return None if kind == _STOP else (kind, self._next_part(length))
 
     def _next_part(self, length: int) -> Tensor:
         part = torch.empty(length, dtype=torch.int64)
@@ -140,19 +150,31 @@ class Runner:
 
     def _finish(self, hidden: Tensor, batch: Batch) -> None:
         """The last stage: logits on all tensor ranks, tokens on the first of them, back to rank 0."""
-        rows = torch.zeros(_result_shape(batch), dtype=torch.float64)
-        if len(batch.samples):
-            logits = self.model.logits(hidden[batch.sample_rows.to(hidden.device)])
+        rows = torch.full(_result_shape(batch), float(NO_TOKEN), dtype=torch.float64)
+        done = 0
+        for part, outcome in _row_parts(batch):
+            logits = self.model.logits(hidden[part.at.to(hidden.device)])
             if self.world.tp.rank == 0:
-                rows = sample(logits.to(sampling_device(logits.device)), batch.samples)
+                found = outcome(logits.to(sampling_device(logits.device)), part)
+                rows[done : done + len(found), : found.shape[1]] = found
+                done += len(found)
         if self.world.tp.rank:
             return
         if self._is_first:
-            self._results.append(rows[: len(batch.samples)])
+            self._results.append(rows[: batch.num_results])
         else:
             self.world.pp.send(rows, destination=0)
 
 
+def _row_parts(batch: Batch) -> Iterator[tuple[Any, Callable[[Tensor, Any], Tensor]]]:
+    """The rows whose logits are computed together, with what makes results of them. Of the scored rows, which may be
+    as many as the step has tokens, only some at a time."""
+    if len(batch.samples):
+        yield batch.samples, sample
+    for part in batch.scored.split(_MOST_SCORED):
+        yield part, score
+
+
 def _result_shape(batch: Batch) -> tuple[int, int]:
-    """At least one row, so that a step without samples is answered too and the pipeline keeps its pace."""
-    return max(1, len(batch.samples)), row_width(batch.samples.most_top)
+    """At least one row, so that a step without results is answered too and the pipeline keeps its pace."""
+    return max(1, batch.num_results), row_width(batch.most_top)

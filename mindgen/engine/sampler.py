@@ -2,9 +2,9 @@
 
 Drawing from softmax(scores) is the argmax of scores + Gumbel noise. The noise is a hash of (seed, position, token id),
 so it needs no cumulative sum over the vocabulary, and last-bit differences of the logits rarely matter. Processors act
-in the order of transformers: repetition penalty, temperature, top-k, top-p. No row's outcome depends on another row.
+in the order of transformers: penalties, temperature, top-k, top-p, min-p. No row's outcome depends on another row.
 
-Legend: R rows, V vocabulary, K alternatives, G rows of one kind, M tokens that are still in question.
+Legend: R rows, P scored rows, V vocabulary, K alternatives, G rows of one kind, M tokens that are still in question.
 """
 
 from __future__ import annotations
@@ -15,12 +15,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mindgen.engine.batch import SampleRows
-from mindgen.engine.results import NO_TOKEN, row_width
+from mindgen.engine.batch import SampleRows, ScoredRows
+from mindgen.engine.noise import gumbel_noise
+from mindgen.engine.race import race
+from mindgen.engine.results import NO_LOGPROB, NO_TOKEN, row_width
 
-_MOST_NOISES = 1 << 22  # computed at a time; the hash takes a few int64 temporaries of this size
-_FIRST_LOOK = 1024  # tokens: where top-p usually ends
+_AT_A_TIME = {"cpu": 1 << 18}  # scores: a CPU computes a few rows that stay in its cache
+_AT_A_TIME_ELSEWHERE = 1 << 22
 _FILTERED = float("-inf")
+
+
+class RowsOfAKind(NamedTuple):
+    """The parameters of G rows, each [G], on the logits' device."""
+
+    rows: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    min_keep: Tensor
+    seed: Tensor
+    position: Tensor
+
+    @classmethod
+    def of(cls, rows: SampleRows, members: Tensor, device: torch.device) -> RowsOfAKind:
+        """The rows `members` [G]."""
+        return cls(members.to(device), *(getattr(rows, name)[members].to(device) for name in cls._fields[1:]))
 
 
 def sample(logits: Tensor, rows: SampleRows) -> Tensor:
@@ -28,19 +48,122 @@ def sample(logits: Tensor, rows: SampleRows) -> Tensor:
 
     A token's log-probability is that of the raw logits, before any processor. The device must know float64.
     """
-    logprobs = torch.log_softmax(logits, dim=-1)
-    scores = _penalised(_raw_scores(logits, logprobs, rows), rows)
-    results = torch.full((len(rows), row_width(rows.most_top)), float(NO_TOKEN), dtype=torch.float64)
-    for members, choices, noisy in _kinds(rows, vocab=logits.shape[1]):
-        draw = _draw(scores, _Params.of(rows, members, logits.device), choices, noisy)
-        tokens = draw.ids.gather(1, draw.keys.argmax(dim=-1, keepdim=True))  # [G, 1]
-        results[members, 0] = tokens.squeeze(1).double().cpu()
-        results[members, 1] = logprobs[members.to(logits.device)].gather(1, tokens).squeeze(1).double().cpu()
-        _put_candidates(results, draw, members, rows)
-    _put_most_probable(results, logprobs, rows)
-    usable = logits.amax(dim=-1).isfinite()  # a NaN anywhere in a row is its maximum
-    results[~usable.cpu()] = float(NO_TOKEN)
+    scores = _adjusted(_raw_scores(logits, rows), rows)
+    results = _no_results(len(rows), rows.most_top)
+    tokens = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
+    for members, choose in _kinds(rows, logits):
+        kind = RowsOfAKind.of(rows, members, logits.device)
+        mine = scores if len(members) == len(rows) else scores[kind.rows]
+        tokens[kind.rows] = choose(mine, kind)
+    for members, noisy in _beams(rows, logits):
+        tokens[members.to(logits.device)] = _put_candidates(results, scores, rows, members, noisy)
+    results[:, 0] = tokens.double().cpu()
+    _put_logprobs(results, logits, tokens, rows.num_top, (rows.logprob > 0) & (rows.beam == 0))
+    usable = scores.amax(dim=-1).isfinite()  # a NaN anywhere in a row is its maximum
+    results[~usable.cpu()] = NO_TOKEN
     return results
+
+
+def score(logits: Tensor, rows: ScoredRows) -> Tensor:
+    """Result rows [P, 2 + 3K] for tokens that are known: nothing is drawn."""
+    results = _no_results(len(rows), rows.most_top)
+    results[:, 0] = rows.token.double()
+    everywhere = torch.ones(len(rows), dtype=torch.bool)
+    _put_logprobs(results, logits, rows.token.to(logits.device), rows.num_top, everywhere)
+    results[~logits.amax(dim=-1).isfinite().cpu()] = NO_TOKEN
+    return results
+
+
+def _no_results(num_rows: int, most_top: int) -> Tensor:
+    results = torch.full((num_rows, row_width(most_top)), float(NO_TOKEN), dtype=torch.float64)
+    results[:, 1] = NO_LOGPROB
+    return results
+
+
+# Kinds of rows
+
+Choose = Callable[[Tensor, RowsOfAKind], Tensor]  # scores [G, V] -> tokens [G]
+
+
+def _kinds(rows: SampleRows, logits: Tensor) -> Iterator[tuple[Tensor, Choose]]:
+    """The rows sorted into kinds that take the same way, a bounded number at a time; beams apart."""
+    single, drawn, by_rank = rows.beam == 0, rows.temperature > 0, rows.top_k > 0
+    kinds: tuple[tuple[Tensor, Choose], ...] = (
+        (single & ~drawn, _most_probable),
+        (single & drawn & by_rank, _draw_by_rank),
+        (single & drawn & ~by_rank, _draw),
+    )
+    for mask, choose in kinds:
+        for members in _parts(mask, logits):
+            yield members, choose
+
+
+def _beams(rows: SampleRows, logits: Tensor) -> Iterator[tuple[Tensor, bool]]:
+    """The rows of beams; the second value: with noise?"""
+    for noisy in (False, True):
+        for members in _parts((rows.beam > 0) & ((rows.temperature > 0) == noisy), logits):
+            yield members, noisy
+
+
+def _parts(mask: Tensor, logits: Tensor) -> Iterator[Tensor]:
+    """The rows of a mask, a few at a time."""
+    if mask.any():
+        most = _AT_A_TIME.get(logits.device.type, _AT_A_TIME_ELSEWHERE)
+        yield from mask.nonzero().squeeze(1).split(max(1, most // logits.shape[1]))
+
+
+def _most_probable(scores: Tensor, kind: RowsOfAKind) -> Tensor:
+    """Greedy."""
+    return scores.argmax(dim=-1)
+
+
+def _draw(scores: Tensor, kind: RowsOfAKind) -> Tensor:
+    """Without top-k: nothing is sorted."""
+    return race(_tempered(scores, kind), kind.seed, kind.position, kind.top_p, kind.min_p)
+
+
+def _draw_by_rank(scores: Tensor, kind: RowsOfAKind) -> Tensor:
+    return _ranked_draw(_tempered(scores, kind), kind).winners
+
+
+def _tempered(scores: Tensor, kind: RowsOfAKind) -> Tensor:
+    return scores if (kind.temperature == 1).all() else scores / kind.temperature.float()[:, None]
+
+
+# What is added to scores
+
+
+def _raw_scores(logits: Tensor, rows: SampleRows) -> Tensor:
+    """What processors act on: logits, but log-probabilities for beams, as in transformers."""
+    if not rows.beam.any():
+        return logits
+    return torch.where(rows.beam.bool().to(logits.device)[:, None], torch.log_softmax(logits, dim=-1), logits)
+
+
+def _adjusted(scores: Tensor, rows: SampleRows) -> Tensor:
+    """Scores of seen tokens divided (if positive) or multiplied (if negative) by the row's penalty; then additions."""
+    if not len(rows.seen) and not len(rows.added):
+        return scores
+    scores = scores.clone()
+    row, token = _known(scores, rows.seen_row, rows.seen)
+    if len(row):
+        seen = scores[row, token]
+        penalty = rows.repetition_penalty.float().to(scores.device)[row]
+        scores[row, token] = torch.where(seen < 0, seen * penalty, seen / penalty)
+    inside = rows.added_id < scores.shape[1]
+    row, token = _known(scores, rows.added_row, rows.added_id)
+    if len(row):
+        scores[row, token] += rows.added[inside].float().to(scores.device)
+    return scores
+
+
+def _known(scores: Tensor, row: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    """Those within the vocabulary."""
+    known = token < scores.shape[1]
+    return row[known].to(scores.device), token[known].to(scores.device)
+
+
+# Draws among ranked tokens
 
 
 class Draw(NamedTuple):
@@ -55,98 +178,22 @@ class Draw(NamedTuple):
         """The largest one of a row wins."""
         return self.scores + self.noise
 
-
-class _Params(NamedTuple):
-    """The parameters of G rows, each [G], on the logits' device."""
-
-    rows: Tensor
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    min_keep: Tensor
-    seed: Tensor
-    position: Tensor
-
-    @classmethod
-    def of(cls, rows: SampleRows, members: Tensor, device: torch.device) -> _Params:
-        names = ("temperature", "top_k", "top_p", "min_keep", "seed", "position")
-        return cls(members.to(device), *(getattr(rows, name)[members].to(device) for name in names))
+    @property
+    def winners(self) -> Tensor:
+        """Token ids [G]."""
+        return self.ids.gather(1, self.keys.argmax(dim=-1, keepdim=True)).squeeze(1)
 
 
-_Choices = Callable[[Tensor, _Params], tuple[Tensor, Tensor]]  # scores [G, V] -> ids, scores [G, M]
-
-
-def _kinds(rows: SampleRows, vocab: int) -> Iterator[tuple[Tensor, _Choices, bool]]:
-    """The rows sorted into kinds that take the same way, a bounded number at a time; the last value: with noise?"""
-    drawn = rows.temperature > 0
-    by_rank, by_mass = drawn & (rows.top_k > 0), drawn & (rows.top_p < 1)
-    kinds: tuple[tuple[Tensor, _Choices, bool], ...] = (
-        (~drawn, _everything, False),
-        (drawn & ~by_rank & ~by_mass, _everything, True),
-        (by_rank, _most_probable, True),
-        (by_mass & ~by_rank, _nucleus, True),
-    )
-    for mask, choices, noisy in kinds:
-        for members in mask.nonzero().squeeze(1).split(max(1, _MOST_NOISES // vocab)):
-            if len(members):
-                yield members, choices, noisy
-
-
-def _draw(scores: Tensor, params: _Params, choices: _Choices, noisy: bool) -> Draw:
-    scores = scores[params.rows]
-    if not noisy:
-        return Draw(*choices(scores, params), noise=scores.new_zeros(()).expand_as(scores))
-    ids, scores = choices(scores / params.temperature.float()[:, None], params)
-    return Draw(ids, scores, gumbel_noise(params.seed, params.position, ids))
-
-
-def _raw_scores(logits: Tensor, logprobs: Tensor, rows: SampleRows) -> Tensor:
-    """What processors act on: logits, but log-probabilities for beams, as in transformers."""
-    if not rows.beam.any():
-        return logits
-    return torch.where(rows.beam.bool().to(logits.device)[:, None], logprobs, logits)
-
-
-def _penalised(scores: Tensor, rows: SampleRows) -> Tensor:
-    """Scores of the tokens seen so far divided (if positive) or multiplied (if negative) by the row's penalty."""
-    if not len(rows.history):
-        return scores
-    lengths = rows.history_starts.diff()
-    seen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    row = torch.repeat_interleave(torch.arange(len(rows)), lengths)
-    known = rows.history < scores.shape[1]
-    seen[row[known].to(scores.device), rows.history[known].to(scores.device)] = True
-    penalty = rows.repetition_penalty.float().to(scores.device)[:, None]
-    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
-
-
-def _everything(scores: Tensor, params: _Params) -> tuple[Tensor, Tensor]:
-    """All tokens are in question."""
-    return torch.arange(scores.shape[1], device=scores.device).expand_as(scores), scores
-
-
-def _most_probable(scores: Tensor, params: _Params) -> tuple[Tensor, Tensor]:
-    """Top-k, ties with the last one included, then top-p."""
+def _ranked_draw(scores: Tensor, kind: RowsOfAKind) -> Draw:
+    """Top-k, ties with the last one included, then top-p and min-p."""
     vocab = scores.shape[1]
-    rank = torch.maximum(params.top_k, params.min_keep).clamp(max=vocab)[:, None]  # [G, 1]
+    rank = torch.where(kind.top_k > 0, torch.maximum(kind.top_k, kind.min_keep), vocab).clamp(max=vocab)[:, None]
     most = int(rank.max())
     threshold = scores.topk(most).values.gather(1, rank - 1)
     with_ties = int((scores >= threshold).sum(dim=1).max())
     ids, kept = _ranked(scores, max(most, with_ties))
-    kept = kept.masked_fill(kept < threshold, _FILTERED)
-    return ids, _mass_filter(kept, _weights(kept).cumsum(1)[:, -1:], params)
-
-
-def _nucleus(scores: Tensor, params: _Params) -> tuple[Tensor, Tensor]:
-    """Top-p alone: a few of the most probable tokens are enough, unless they have too little of the mass."""
-    vocab = scores.shape[1]
-    total = _weights(scores).sum(dim=1, keepdim=True)
-    most = min(_FIRST_LOOK, vocab)
-    ids, kept = _ranked(scores, most)
-    while most < vocab and not _reaches(kept, total, params):
-        most = min(most * 16, vocab)
-        ids, kept = _ranked(scores, most)
-    return ids, _mass_filter(kept, total, params)
+    kept = _cut(kept.masked_fill(kept < threshold, _FILTERED), kind)
+    return Draw(ids, kept, gumbel_noise(kind.seed, kind.position, ids))
 
 
 def _ranked(scores: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -156,84 +203,54 @@ def _ranked(scores: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return ids.gather(1, order), scores
 
 
-def _weights(scores: Tensor) -> Tensor:
-    """Probabilities up to a factor, float64."""
-    return (scores.double() - scores.amax(dim=1, keepdim=True).double()).exp()
+def _cut(scores: Tensor, kind: RowsOfAKind) -> Tensor:
+    """Top-p and min-p over ranked scores [G, M].
 
-
-def _reaches(scores: Tensor, total: Tensor, params: _Params) -> bool:
-    """True if top_p ends above the last of the ranked tokens, whose equals may be missing here, in every row."""
-    certain = scores > scores[:, -1:]
-    mass = (_weights(scores) * certain).sum(dim=1)
-    return bool(((mass >= params.top_p * total.squeeze(1)) & (certain.sum(dim=1) >= params.min_keep)).all())
-
-
-def _mass_filter(scores: Tensor, total: Tensor, params: _Params) -> Tensor:
-    """Top-p over ranked scores [G, M]: a token goes if those before it reach top_p of the `total` mass [G, 1].
-
-    So the token that crosses top_p stays. Sums are float64 and in rank order: how many filtered tokens stand behind
-    them, which other rows decide, does not change the outcome.
+    Top-p filters a token if those before it reach top_p of the mass, so the token that crosses top_p stays. Sums are
+    float64 and in rank order: how many filtered tokens stand behind them, which other rows decide, does not change the
+    outcome. Min-p filters a token below a share of the best one's weight, which is 1.
     """
-    weights = _weights(scores)
-    before = weights.cumsum(1) - weights
-    top_p = params.top_p[:, None]
-    filtered = (before >= top_p * total) & (top_p < 1)
-    filtered &= torch.arange(scores.shape[1], device=scores.device) >= params.min_keep[:, None]
+    weights = (scores - scores[:, :1]).exp().double()
+    mass = weights.cumsum(1)
+    top_p = kind.top_p[:, None]
+    filtered = (mass - weights >= top_p * mass[:, -1:]) & (top_p < 1)
+    filtered |= weights < kind.min_p[:, None]
+    filtered &= torch.arange(scores.shape[1], device=scores.device) >= kind.min_keep[:, None]
     return scores.masked_fill(filtered, _FILTERED)
 
 
-def _put_candidates(results: Tensor, draw: Draw, members: Tensor, rows: SampleRows) -> None:
-    """The best keys of beam rows: the beam search compares them across rows."""
-    is_beam = rows.beam[members].bool()
-    if is_beam.any():
-        chosen = Draw(*(part[is_beam.to(part.device)] for part in draw))
-        best = chosen.keys.topk(min(rows.most_top, chosen.ids.shape[1])).indices
-        _put_top(results, members[is_beam], Draw(*(part.gather(1, best) for part in chosen)))
+# Results
 
 
-def _put_most_probable(results: Tensor, logprobs: Tensor, rows: SampleRows) -> None:
-    """The most probable tokens of ordinary rows that asked for them."""
-    members = ((rows.num_top > 0) & (rows.beam == 0)).nonzero().squeeze(1)
-    if len(members):
-        top = logprobs[members.to(logprobs.device)].topk(min(rows.most_top, logprobs.shape[1]))
+def _put_candidates(results: Tensor, scores: Tensor, rows: SampleRows, members: Tensor, noisy: bool) -> Tensor:
+    """The best keys of beam rows, which the beam search compares across rows; their best tokens [G]."""
+    kind = RowsOfAKind.of(rows, members, scores.device)
+    scores = scores[kind.rows]
+    if noisy:
+        draw = _ranked_draw(_tempered(scores, kind), kind)
+    else:
+        ids = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+        draw = Draw(ids, scores, scores.new_zeros(()).expand_as(scores))
+    best = draw.keys.topk(min(rows.most_top, draw.ids.shape[1])).indices
+    _put_top(results, members, Draw(*(part.gather(1, best) for part in draw)))
+    return draw.winners
+
+
+def _put_logprobs(results: Tensor, logits: Tensor, tokens: Tensor, num_top: Tensor, wanted: Tensor) -> None:
+    """Log-probabilities of `tokens` [R] in the wanted rows, and as many of the most probable tokens as asked for."""
+    if not wanted.any():
+        return
+    members = wanted.nonzero().squeeze(1)
+    here = members.to(logits.device)
+    logprobs = torch.log_softmax(logits[here], dim=-1)
+    results[members, 1] = logprobs.gather(1, tokens[here, None]).squeeze(1).double().cpu()
+    most = min(int(num_top[members].max()), logprobs.shape[1])
+    if most:
+        top = logprobs.topk(most)
         _put_top(results, members, Draw(top.indices, top.values, torch.zeros_like(top.values)))
 
 
 def _put_top(results: Tensor, members: Tensor, top: Draw) -> None:
     ids = top.ids.masked_fill(top.scores == _FILTERED, NO_TOKEN)
-    most = (results.shape[1] - 2) // 3
-    for column, part in enumerate((ids, top.scores, top.noise)):
-        start = 2 + column * most
-        results[members, start : start + part.shape[1]] = part.double().cpu()
-
-
-def gumbel_noise(seed: Tensor, position: Tensor, ids: Tensor) -> Tensor:
-    """Standard Gumbel noise [G, M] float64 for seeds [G], positions [G] and token ids [G, M], all int64.
-
-    Each row starts a splitmix64 sequence (Steele, Lea, Flood 2014) at a hash of seed and position; token id i takes
-    its (i + 1)-th number, of which 52 bits make a float strictly between 0 and 1.
-    """
-    start = _mix(_mix(seed + _GOLDEN) + (position + 1) * _GOLDEN)
-    bits = _mix(start[:, None] + (ids + 1) * _GOLDEN)
-    uniform = (_shift(bits, 12).double() + 0.5) * 2.0**-52
-    return -torch.log(-torch.log(uniform))
-
-
-def _signed(number: int) -> int:
-    return number - (1 << 64)
-
-
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
-
-
-def _mix(state: Tensor) -> Tensor:
-    """splitmix64's finaliser; int64 products wrap around."""
-    state = (state ^ _shift(state, 30)) * _FIRST
-    state = (state ^ _shift(state, 27)) * _SECOND
-    return state ^ _shift(state, 31)
-
-
-def _shift(state: Tensor, count: int) -> Tensor:
-    """To the right, filling with zeros."""
-    return (state >> count) & ((1 << (64 - count)) - 1)
+    parts = torch.stack([ids.double(), top.scores.double(), top.noise.double()], dim=2)  # [G, K, 3]
+    results[members, 2 : row_width(ids.shape[1])] = parts.flatten(1).cpu()

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from mindgen.engine.blocks import BlockPool
+from mindgen.engine.fits import check_fits
 from mindgen.engine.request import Sequence, Status
+from mindgen.engine.tables import BlockTables
+from mindgen.engine.units import Unit
+
+MOST_OVERTAKEN = 8  # so many later ones may be admitted before one that waits
+_LOOK_AHEAD = 16  # of those that wait, how many a step considers
 
 
 @dataclass(frozen=True)
@@ -41,26 +47,22 @@ class Step:
     copies: tuple[tuple[int, int], ...] = ()
 
 
-@dataclass(eq=False)
-class Job:
-    """A request being served: its sequences in progress and the blocks set aside for them.
+@dataclass(frozen=True)
+class Stats:
+    """What a scheduler did so far, and how it stands.
 
-    together: its sequences only make sense in one step, because a beam search compares them.
+    num_reused_tokens: computed for somebody else (or before a preemption) and found in the cache. num_preemptions: how
+    often a sequence lost what was computed of it. The others count sequences and blocks at this moment.
     """
 
-    sequences: list[Sequence]
-    num_reserved: int
-    width: int
-    together: bool
-
-    def units(self) -> Iterator[list[Sequence]]:
-        """The sequences that can be scheduled now, those that must share a step side by side."""
-        free = [sequence for sequence in self.sequences if not sequence.in_flight]
-        if self.together:
-            if len(free) == len(self.sequences):
-                yield free
-        else:
-            yield from ([sequence] for sequence in free)
+    num_computed_tokens: int
+    num_reused_tokens: int
+    num_preemptions: int
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_used_blocks: int
+    num_cached_blocks: int
 
 
 class Scheduler:
@@ -72,8 +74,10 @@ class Scheduler:
         the active sequences, so that no stage idles while there is work for it.
     max_sequences: how many sequences may be in progress. max_positions: the longest context of the model.
 
-    A request is admitted when the blocks for the longest answers it can give are free, and they are set aside: once
-    started, it ends. Raises ValueError for sizes below 1.
+    Blocks are taken as they are needed. When there are none for a sequence, the last admitted one that is not in flight
+    gives up its own, goes back to the front of those that wait, and is computed anew later. Only a sequence admitted
+    earlier can do that to it, so the first admitted always ends. A sequence with nobody behind it waits in its place.
+    Raises ValueError for sizes below 1.
     """
 
     def __init__(
@@ -93,9 +97,11 @@ class Scheduler:
         self.num_stages = num_stages
         self.max_sequences = max_sequences
         self.max_positions = max_positions
-        self._waiting: deque[Job] = deque()
-        self._running: list[Job] = []
-        self._jobs: dict[int, Job] = {}
+        self._tables = BlockTables(pool) if pool else None
+        self._waiting: deque[Unit] = deque()
+        self._running: list[Unit] = []  # by order of admission; samples stand behind the one they were split from
+        self._requests: dict[int, list[Unit]] = {}
+        self._num_computed = self._num_reused = self._num_preemptions = 0
 
     @property
     def block_size(self) -> int | None:
@@ -105,32 +111,54 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """True while a request is waiting or in progress."""
-        return bool(self._jobs)
+        return bool(self._requests)
 
     @property
     def sequences(self) -> list[Sequence]:
         """All sequences that wait, run or are in flight, by order of arrival of their requests."""
-        return [sequence for job in self._jobs.values() for sequence in job.sequences]
+        return [sequence for units in self._requests.values() for unit in units for sequence in unit.sequences]
+
+    @property
+    def stats(self) -> Stats:
+        pool = self.pool
+        return Stats(
+            self._num_computed,
+            self._num_reused,
+            self._num_preemptions,
+            sum(len(unit.sequences) for unit in self._running),
+            sum(len(unit.sequences) for unit in self._waiting),
+            pool.num_blocks if pool else 0,
+            pool.num_used if pool else 0,
+            pool.num_cached if pool else 0,
+        )
 
     def submit(self, sequence: Sequence) -> None:
         """Queue the first sequence of a request. Raises ValueError for a request that could never be served."""
         request = sequence.request
-        if request.id in self._jobs:
+        if request.id in self._requests:
             raise ValueError(f"request {request.id} is in progress already; every request needs an id of its own")
-        self._check_fits(sequence)
-        params = request.params
-        job = Job([sequence], self._blocks_needed(sequence), _width(sequence), together=params.num_beams > 1)
-        self._jobs[request.id] = job
-        self._waiting.append(job)
+        check_fits(request, self.pool, self.max_sequences, self.max_batch_tokens, self.max_positions)
+        unit = Unit([sequence], together=request.params.num_beams > 1)
+        self._requests[request.id] = [unit]
+        self._waiting.append(unit)
 
     def schedule(self) -> Step | None:
         """The next step, or None when nothing can run before a step in flight is committed."""
         self._admit()
         chunks: list[Chunk] = []
         copies: list[tuple[int, int]] = []
-        for sequence, length in self._choose():
-            copies += self._make_room(sequence, sequence.num_computed + length)
-            chunks.append(_chunk(sequence, length))
+        budget = self.max_batch_tokens
+        most = -(-sum(len(unit.sequences) for unit in self._running) // self.num_stages)
+        for unit in self._in_order():
+            parts = self._parts(unit, budget, alone=not chunks) if unit.admitted else []  # it was when this began
+            if not parts or (chunks and len(chunks) + len(parts) > most):
+                continue
+            room = self._make_room(unit, parts)
+            if room is not None:
+                copies += room
+                for sequence, length in parts:
+                    chunks.append(_chunk(sequence, length))
+                    budget -= length
         return Step(tuple(chunks), tuple(copies)) if chunks else None
 
     def commit(self, step: Step) -> None:
@@ -138,24 +166,30 @@ class Scheduler:
         for chunk in step.chunks:
             sequence = chunk.sequence
             sequence.in_flight = False
+            self._num_computed += chunk.length
+            if self._tables:
+                sequence.num_computed = chunk.end
+                self._tables.publish(sequence, chunk.start, chunk.end)
             if sequence.status is Status.FINISHED:
                 self._remove(sequence)
-            elif self.pool:
-                sequence.num_computed = chunk.end
 
     def split(self, sequence: Sequence) -> list[Sequence]:
         """The sequences of a prompt whose samples are drawn: itself first, then the others, sharing its blocks."""
-        job = self._jobs[sequence.request.id]
+        if sequence.num_samples == 1:
+            return [sequence]
         others = [self._fork(sequence, index) for index in range(1, sequence.num_samples)]
         sequence.num_samples = 1
-        job.sequences += others
+        units = [Unit([other], admitted=True) for other in others]
+        self._requests[sequence.request.id] += units
+        place = self._running.index(self._unit_of(sequence)) + 1
+        self._running[place:place] = units
         return [sequence, *others]
 
     def replace(self, parents: list[Sequence]) -> list[Sequence]:
         """New beams, each continuing its parent, in the place of all the sequences of the request."""
-        job = self._jobs[parents[0].request.id]
-        old, new = job.sequences, [self._fork(parent, index) for index, parent in enumerate(parents)]
-        job.sequences = old + new
+        unit = self._unit_of(parents[0])
+        old, new = unit.sequences, [self._fork(parent, index) for index, parent in enumerate(parents)]
+        unit.sequences = old + new
         for sequence in old:
             self.finish(sequence)
         return new
@@ -168,114 +202,139 @@ class Scheduler:
 
     def abort(self, request_id: int) -> None:
         """End all sequences of a request, wherever they are."""
-        job = self._jobs[request_id]
-        if job in self._waiting:
-            self._waiting.remove(job)
-        for sequence in list(job.sequences):
+        for sequence in [sequence for unit in self._requests[request_id] for sequence in unit.sequences]:
             self.finish(sequence)
 
     def _admit(self) -> None:
-        reserved = sum(job.num_reserved for job in self._running)
-        width = sum(job.width for job in self._running)
-        while self._waiting:
-            job = self._waiting[0]
-            reserved, width = reserved + job.num_reserved, width + job.width
-            if width > self.max_sequences or (self.pool and reserved > self.pool.num_blocks):
+        """First come, first served, but who does not fit yet lets a few pass who do."""
+        index, (places, blocks) = 0, self._room()
+        while index < min(len(self._waiting), _LOOK_AHEAD) and places > 0 and blocks > 0:
+            unit = self._waiting[index]
+            if not self._running or (unit.width <= places and self._blocks_to_start(unit, blocks) <= blocks):
+                for earlier in islice(self._waiting, index):
+                    earlier.num_overtaken += 1
+                del self._waiting[index]
+                unit.admit()
+                self._running.append(unit)
+                places, blocks = self._room()
+            elif unit.num_overtaken >= MOST_OVERTAKEN:
                 return
-            job.sequences[0].status = Status.RUNNING
-            self._running.append(self._waiting.popleft())
+            else:
+                index += 1
 
-    def _choose(self) -> Iterator[tuple[Sequence, int]]:
-        """The sequences of the next step, each with the number of tokens to compute."""
-        units = [unit for job in self._running for unit in job.units()]
-        units.sort(key=lambda unit: unit[0].num_left > 1)  # decodes first; the sort keeps the order of arrival
-        most = -(-sum(len(job.sequences) for job in self._running) // self.num_stages)
-        budget, count = self.max_batch_tokens, 0
-        for unit in units:
-            length = self._length(unit, budget, alone=not count)
-            if length and (not count or count + len(unit) <= most):
-                yield from ((sequence, min(sequence.num_left, length)) for sequence in unit)
-                budget, count = budget - length, count + len(unit)
+    def _room(self) -> tuple[int, int]:
+        """How many sequences may be admitted, and with how many blocks: those that the running ones leave, which lack
+        some for their tokens so far and may soon want one more each.
 
-    def _length(self, unit: list[Sequence], budget: int, alone: bool) -> int:
-        """How many tokens of a unit a step with `budget` tokens left computes; 0 if it has to wait."""
-        need = sum(sequence.num_left for sequence in unit)
-        if need <= budget or (alone and self.pool is None):
-            return need
-        return budget if len(unit) == 1 and self.pool else 0
-
-    def _make_room(self, sequence: Sequence, end: int) -> list[tuple[int, int]]:
-        """Give a sequence blocks of its own to write up to `end`; the copies that this takes."""
+        Answers have no blocks set aside: this only keeps one from being admitted to be preempted at once.
+        """
+        if not self._waiting:
+            return 0, 0
+        places = self.max_sequences - sum(unit.width for unit in self._running)
         if self.pool is None:
+            return places, 1
+        return places, self.pool.num_available - sum(1 + self._lacks(unit) for unit in self._running)
+
+    def _blocks_to_start(self, unit: Unit, most: int) -> int:
+        """The blocks for its tokens so far; those that others use already are counted only if it matters."""
+        if self._tables is None:
+            return 0
+        lacks = self._lacks(unit)
+        return lacks if lacks <= most else lacks - self._tables.num_in_use(unit.sequences[0])
+
+    def _lacks(self, unit: Unit) -> int:
+        """How many blocks the tokens so far still take; beams have those of the prompt in common."""
+        assert self.pool
+        shared, lacks = 0, 0
+        for sequence in unit.sequences:
+            lacks += self.pool.blocks_for(len(sequence.tokens)) - (len(sequence.blocks) or shared)
+            shared = len(sequence.request.prompt) // self.pool.block_size
+        return lacks
+
+    def _in_order(self) -> list[Unit]:
+        """Those who run and are not in flight: decodes first, each kind by order of admission."""
+        decodes: list[Unit] = []
+        others: list[Unit] = []
+        for unit in self._running:
+            if not unit.in_flight:
+                (others if unit.is_behind else decodes).append(unit)
+        return decodes + others
+
+    def _parts(self, unit: Unit, budget: int, alone: bool) -> list[tuple[Sequence, int]]:
+        """Which sequences of a unit run in a step with `budget` tokens left, each with its number of tokens.
+
+        Beams that have to be computed anew catch up one after the other, up to their last tokens, and so find what
+        they have in common; the last tokens share a step.
+        """
+        if self._tables is None:
+            parts = [(sequence, sequence.num_left) for sequence in unit.sequences]
+            return parts if alone or sum(length for _, length in parts) <= budget else []
+        if not budget:
             return []
-        copies = []
-        tail = sequence.num_computed // self.pool.block_size
-        if tail < len(sequence.blocks) and self.pool.is_shared(sequence.blocks[tail]):
-            shared, own = sequence.blocks[tail], self.pool.allocate()
-            self.pool.release([shared])
-            sequence.blocks[tail] = own
-            copies.append((shared, own))
-        while len(sequence.blocks) < self.pool.blocks_for(end):
-            sequence.blocks.append(self.pool.allocate())
-        return copies
+        last = 1 if len(unit.sequences) > 1 else 0
+        for sequence in unit.sequences:
+            if not sequence.blocks:
+                self._num_reused += self._tables.take_known(sequence)
+            if sequence.num_left > 1:
+                return [(sequence, min(sequence.num_left - last, budget))]
+        return [(sequence, 1) for sequence in unit.sequences] if len(unit.sequences) <= budget else []
+
+    def _make_room(self, unit: Unit, parts: list[tuple[Sequence, int]]) -> list[tuple[int, int]] | None:
+        """Give these parts their blocks; the copies that this takes. None if there are none: those who could give
+        theirs are in flight, or nobody was admitted later."""
+        if self._tables is None or self.pool is None:
+            return []
+        ends = [(sequence, sequence.num_computed + length) for sequence, length in parts]
+        while missing := self._tables.num_missing(ends):
+            if missing <= self.pool.num_available:
+                return [pair for sequence, end in ends for pair in self._tables.grow(sequence, end)]
+            victim = self._last_admitted(after=unit)
+            if victim is None:
+                return None
+            self._preempt(victim)
+        return []
+
+    def _last_admitted(self, after: Unit) -> Unit | None:
+        """The last one admitted after `after` that is not in flight."""
+        for unit in reversed(self._running):
+            if unit is after:
+                return None
+            if not unit.in_flight:
+                return unit
+        return None
+
+    def _preempt(self, unit: Unit) -> None:
+        assert self._tables
+        self._num_preemptions += sum(1 for sequence in unit.sequences if sequence.num_computed)
+        for sequence in unit.sequences:
+            self._tables.release(sequence)
+        unit.send_back()
+        self._running.remove(unit)
+        self._waiting.appendleft(unit)
 
     def _fork(self, parent: Sequence, index: int) -> Sequence:
         child = parent.fork(index)
-        if self.pool:
-            child.blocks = self.pool.share(parent.blocks)
+        if self._tables:
+            self._tables.share(parent, child)
         return child
 
+    def _unit_of(self, sequence: Sequence) -> Unit:
+        return next(unit for unit in self._requests[sequence.request.id] if sequence in unit.sequences)
+
     def _remove(self, sequence: Sequence) -> None:
-        job = self._jobs[sequence.request.id]
-        job.sequences.remove(sequence)
-        if self.pool:
-            self.pool.release(sequence.blocks)
-            sequence.blocks = []
-        if not job.sequences:
-            del self._jobs[sequence.request.id]
-            if job in self._running:
-                self._running.remove(job)
+        unit = self._unit_of(sequence)
+        unit.sequences.remove(sequence)
+        if self._tables:
+            self._tables.release(sequence)
+        if not unit.sequences:
+            self._drop(unit, sequence.request.id)
 
-    def _blocks_needed(self, sequence: Sequence) -> int:
-        """Blocks for the longest answers: full blocks of the prompt are shared, the rest is each sequence's own."""
-        if self.pool is None:
-            return 0
-        num_prompt = len(sequence.request.prompt)
-        total = self.pool.blocks_for(num_prompt + sequence.request.params.max_new_tokens)
-        shared = num_prompt // self.pool.block_size
-        return shared + _width(sequence) * (total - shared)
-
-    def _check_fits(self, sequence: Sequence) -> None:
-        request, width = sequence.request, _width(sequence)
-        num_prompt, num_new = len(request.prompt), request.params.max_new_tokens
-        size = f"request {request.id} has {num_prompt} prompt tokens and may generate {num_new}"
-        if self.max_positions and num_prompt + num_new > self.max_positions:
-            raise ValueError(
-                f"{size}, together {num_prompt + num_new}, but the model's context is {self.max_positions}; "
-                f"shorten the prompt or set max_new_tokens to {max(0, self.max_positions - num_prompt)} or less"
-            )
-        if width > self.max_sequences:
-            raise ValueError(
-                f"request {request.id} wants {width} sequences at once, but at most {self.max_sequences} run together; "
-                "lower n or num_beams, or raise max_sequences"
-            )
-        if request.params.num_beams > self.max_batch_tokens:
-            raise ValueError(
-                f"request {request.id} has {width} beams, which share a step, but a step takes {self.max_batch_tokens} "
-                "tokens; lower num_beams or raise max_batch_tokens"
-            )
-        need = self._blocks_needed(sequence)
-        if self.pool and need > self.pool.num_blocks:
-            raise ValueError(
-                f"{size} in {width} sequence{'s'[: width > 1]}, which takes {need} blocks of {self.pool.block_size} "
-                f"tokens, but the cache has {self.pool.num_blocks}; lower max_new_tokens, n or num_beams, or enlarge "
-                "the cache"
-            )
-
-
-def _width(sequence: Sequence) -> int:
-    """How many sequences a request may become."""
-    return max(sequence.request.params.n, sequence.request.params.num_beams)
+    def _drop(self, unit: Unit, request_id: int) -> None:
+        (self._running if unit.admitted else self._waiting).remove(unit)
+        units = self._requests[request_id]
+        units.remove(unit)
+        if not units:
+            del self._requests[request_id]
 
 
 def _chunk(sequence: Sequence, length: int) -> Chunk:

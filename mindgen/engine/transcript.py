@@ -30,17 +30,37 @@ class StopMatcher(Protocol):
 
 @dataclass(frozen=True)
 class TextTools:
-    """How the text of a sequence is made; every sequence gets its own."""
+    """How the text of a sequence is made; every sequence gets its own. `encode` gives the token ids of a text, without
+    any that the tokenizer adds by itself; None where texts cannot be encoded."""
 
     detokenizer: Callable[[], Detokenizer]
     matcher: Callable[[tuple[str, ...]], StopMatcher]
+    encode: Callable[[str], list[int]] | None = None
 
     @classmethod
     def of(cls, tokenizer: Any) -> TextTools:
         """The tools of mindgen.text over a tokenizer."""
         from mindgen.text.stream import Detokenizer, StopMatcher
 
-        return cls(lambda: Detokenizer(tokenizer), StopMatcher)
+        return cls(
+            lambda: Detokenizer(tokenizer), StopMatcher, lambda text: tokenizer.encode(text, add_special_tokens=False)
+        )
+
+    def ways_to_write(self, word: str) -> tuple[tuple[int, ...], ...]:
+        """The token ids of a word at the beginning of a text, after a space, and within a line.
+
+        Raises ValueError where there is no tokenizer, and for a word without tokens.
+        """
+        if self.encode is None:
+            raise ValueError("bad_words are token ids only with a tokenizer; use logit_bias for token ids")
+        line, inside = self.encode("\n"), self.encode("\n" + word)
+        ways = [self.encode(word), self.encode(" " + word)]
+        if inside[: len(line)] == line:
+            ways.append(inside[len(line) :])
+        found = tuple(dict.fromkeys(tuple(way) for way in ways if way))
+        if not found:
+            raise ValueError(f"the tokenizer makes no tokens of the bad word {word!r}; leave it out")
+        return found
 
 
 @dataclass(frozen=True)
@@ -64,14 +84,21 @@ class Ends:
 
 
 class Transcript:
-    """The text of one sequence, and when it is over. Without `tools` there is no text and there are no stop strings."""
+    """The text of one sequence, and when it is over. Without `tools` there is no text and there are no stop strings.
+
+    Stop strings count in the text from token number `min_new_tokens` on.
+    """
 
     def __init__(self, params: SamplingParams, ends: Ends, tools: TextTools | None) -> None:
-        self._most = params.max_new_tokens
+        self._most, self._least = params.max_new_tokens, params.min_new_tokens
         self._ends = ends
         self._count = 0
         self._detokenizer = tools.detokenizer() if tools else None
-        self._matcher = tools.matcher(params.stop) if tools and params.stop else None
+        self._matcher = tools.matcher(tuple(params.stop)) if tools and params.stop else None
+
+    def begin(self, prompt: Iterable[int]) -> str:
+        """The text of the prompt, of which the answer is the continuation. Stop strings do not count in it."""
+        return self._detokenizer.push(list(prompt)) if self._detokenizer else ""
 
     def push(self, token: int) -> tuple[str, FinishReason | None]:
         """The text that became certain, and the reason if this token is the last one."""
@@ -101,4 +128,4 @@ class Transcript:
         return text + self._matcher.finish(), self._matcher.stopped
 
     def _match(self, text: str) -> tuple[str, bool]:
-        return self._matcher.push(text) if self._matcher else (text, False)
+        return self._matcher.push(text) if self._matcher and self._count >= self._least else (text, False)

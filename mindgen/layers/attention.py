@@ -34,12 +34,19 @@ class SelfAttention(nn.Module):
         self.num_kv_heads, self.head_dim = sizes["group"], sizes["head_dim"]
         self._width = sizes["qkv"]  # heads of a group: its queries, a key and a value
 
-    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
-        groups, width, head_dim = self.num_kv_heads, self._width, self.head_dim
-        qkv = self.linear_qkv(hidden).view(-1, groups, width, head_dim)
-        query = qkv[:, :, : width - 2].reshape(-1, groups * (width - 2), head_dim)  # [T, G * Q, D]
-        key, value = qkv[:, :, width - 2], qkv[:, :, width - 1]  # [T, G, D]
+    def forward(
+        self, hidden: Tensor, rope: tuple[Tensor, Tensor], context: AttentionContext, residual: Tensor
+    ) -> Tensor:
+        """`residual` plus what the tokens attend to."""
+        qkv = self.linear_qkv(hidden).view(-1, self.num_kv_heads, self._width, self.head_dim)
+        query, key = self._rotated(qkv[:, :, :-1], rope)  # [T, G, Q, D], [T, G, D]
+        attended = context.attend(self.layer, query.flatten(1, 2), key, qkv[:, :, -1])
+        return self.linear_proj(attended.flatten(1), residual)
+
+    def _rotated(self, heads: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """heads [T, G, Q + 1, D]: a group's queries and its key, which turn together."""
         if self.q_layernorm is not None and self.k_layernorm is not None:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        attended = context.attend(self.layer, rotate(query, rope), rotate(key, rope), value)
-        return self.linear_proj(attended.reshape(hidden.shape[0], -1))
+            query, key = self.q_layernorm(heads[:, :, :-1]), self.k_layernorm(heads[:, :, -1])
+            return rotate(query, rope), rotate(key, rope)
+        turned = rotate(heads, rope)
+        return turned[:, :, :-1], turned[:, :, -1]

@@ -16,6 +16,7 @@ class GatedMLP(nn.Module):
         self.linear_fc1 = linear_fc1
         self.linear_fc2 = linear_fc2
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """`residual` plus the block's outputs."""
         gate, up = self.linear_fc1(hidden).chunk(2, dim=-1)
-        return self.linear_fc2(F.silu(gate) * up)
+        return self.linear_fc2(F.silu(gate).mul_(up), residual)

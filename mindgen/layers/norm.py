@@ -15,9 +15,10 @@ class RMSNorm(nn.Module):
     def __init__(self, row: Row, sizes: dict[str, int], epsilon: float, dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.weight = empty_parameter(row, sizes, dtype, device)
-        self.epsilon = epsilon
+        self._epsilon = torch.tensor(epsilon, dtype=torch.float32, device=device)
 
     def forward(self, inputs: Tensor) -> Tensor:
         wide = inputs.float()
-        normalised = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
-        return self.weight * normalised.to(inputs.dtype)
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = torch.addcmul(self._epsilon, length, length, value=1 / inputs.shape[-1]).rsqrt_()
+        return (wide * scale).to(inputs.dtype) * self.weight

@@ -14,7 +14,10 @@ from mindgen.spec import ModelSpec, RopeScaling
 
 
 class RotaryEmbedding:
-    """Angles of positions: called with positions [T] it gives (cosine, sine), each [T, 1, D]."""
+    """Angles of positions: called with positions [T] it gives (cosine, signed sine), each [T, 1, D].
+
+    The sine's first half is negated, as the rotation of a pair wants it.
+    """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device):
         self.dtype = dtype
@@ -22,16 +25,16 @@ class RotaryEmbedding:
         self.frequencies = frequencies.to(device)  # [D / 2], radians a token
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        angles = positions.float().unsqueeze(-1) * self.frequencies
-        angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
-        return (angles.cos() * self.scale).to(self.dtype), (angles.sin() * self.scale).to(self.dtype)
+        angles = positions.float()[:, None, None] * self.frequencies
+        cosine, sine = (angles.cos() * self.scale).to(self.dtype), (angles.sin() * self.scale).to(self.dtype)
+        return torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)
 
 
 def rotate(heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns each pair (x_i, x_{i + D/2}) of heads [T, H, D] by its angle."""
-    cosine, sine = rope
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cosine + torch.cat([-second, first], dim=-1) * sine
+    """Turns each pair (x_i, x_{i + D/2}) of heads [T, ..., D] by its angle."""
+    shape = (heads.shape[0], *(1 for _ in heads.shape[1:-1]), heads.shape[-1])
+    cosine, sine = (part.view(shape) for part in rope)
+    return torch.addcmul(heads * cosine, heads.roll(heads.shape[-1] // 2, dims=-1), sine)
 
 
 def scaled_frequencies(spec: ModelSpec) -> tuple[Tensor, float]:

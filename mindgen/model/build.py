@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from mindgen.layers.attention import SelfAttention
@@ -49,12 +51,23 @@ class _Builder:
         self._sizes = local_sizes(spec, topology.tp)
 
     def embedding(self) -> VocabParallelEmbedding:
-        return VocabParallelEmbedding(self._rows[EMBEDDING], self._sizes, self._dtype, self._device, self._tp)
+        row, packs_head = self._rows[EMBEDDING], self._is_tied and self._has_room_for_head()
+        return VocabParallelEmbedding(row, self._sizes, self._dtype, self._device, self._tp, packs_head)
 
     def head(self) -> Head | None:
-        if self._spec.tie_embeddings and self._topology.pp == 1:
+        if self._is_tied:
             return None
         return Head(empty_parameter(self._rows[HEAD], self._sizes, self._dtype, self._device))
+
+    @property
+    def _is_tied(self) -> bool:
+        return self._spec.tie_embeddings and self._topology.pp == 1
+
+    def _has_room_for_head(self) -> bool:
+        """A tied head is a second copy once it is packed; that may cost a quarter of the weights, not more."""
+        layer = sum(prod(row.stored_shape(self._sizes)) for row in self._rows.values() if row.stage == "layer")
+        embedding = prod(self._rows[EMBEDDING].stored_shape(self._sizes))
+        return 4 * embedding <= embedding + layer * self._spec.num_layers
 
     def norm(self, name: str) -> RMSNorm:
         return RMSNorm(self._rows[name], self._sizes, self._spec.norm_epsilon, self._dtype, self._device)

@@ -6,12 +6,11 @@ T tokens in the batch, R rows whose logits are wanted.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mindgen.attention.backend import AttentionContext
 from mindgen.layers.attention import SelfAttention
-from mindgen.layers.linear import VocabParallelEmbedding
+from mindgen.layers.linear import PackedWeight, VocabParallelEmbedding
 from mindgen.layers.mlp import GatedMLP
 from mindgen.layers.norm import RMSNorm
 from mindgen.layers.rope import RotaryEmbedding
@@ -29,16 +28,12 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
-        hidden = hidden + self.self_attention(self.input_layernorm(hidden), rope, context)
-        return hidden + self.mlp(self.pre_mlp_layernorm(hidden))
+        hidden = self.self_attention(self.input_layernorm(hidden), rope, context, residual=hidden)
+        return self.mlp(self.pre_mlp_layernorm(hidden), residual=hidden)
 
 
-class Head(nn.Module):
-    """The weight of the output layer, [vocab / tp, hidden]."""
-
-    def __init__(self, weight: nn.Parameter):
-        super().__init__()
-        self.weight = weight
+class Head(PackedWeight):
+    """The output layer, with a weight of [vocab / tp, hidden]."""
 
 
 class Decoder(nn.Module):
@@ -112,5 +107,5 @@ class Decoder(nn.Module):
         """
         _, final_layernorm, head = self._ends
         assert final_layernorm is not None and head is not None, "only the last stage has a head"
-        local = F.linear(final_layernorm(hidden), head.weight).float()
+        local = head.multiply(final_layernorm(hidden)).float()
         return self._tp.all_gather(local, dim=-1)[:, : self._vocab_size]

@@ -9,24 +9,19 @@ import torch
 
 from mindgen.attention.backend import choose_backend
 from mindgen.config import PRECISIONS, EngineConfig
-from mindgen.device import free_memory
 from mindgen.engine.blocks import BlockPool
 from mindgen.engine.engine import Engine
-from mindgen.engine.kv_cache import KVCache, block_bytes
-from mindgen.engine.request import MOST_SAMPLES
+from mindgen.engine.kv_cache import KVCache
 from mindgen.engine.runner import Runner
 from mindgen.engine.scheduler import Scheduler
 from mindgen.model.build import build_stage
 from mindgen.model.decoder import Decoder
 from mindgen.parallel.world import World
 from mindgen.spec import ModelSpec
+from mindgen.startup.cache_size import MOST_SEQUENCES, num_blocks
 from mindgen.startup.opened import Opened
 from mindgen.weights.load import load_weights
 from mindgen.weights.source import Source
-
-_SHARE_OF_CPU = 0.3  # of the free memory; the rest belongs to other programs
-_SHARE_OF_DEVICE = 0.9
-_MOST_SEQUENCES = MOST_SAMPLES  # in progress; a cache that holds this many of the longest is large enough
 
 Made = TypeVar("Made")
 
@@ -46,10 +41,10 @@ def make_runner(config: EngineConfig, source: Source, world: World, device: torc
     model = _together(world, lambda: _load(config, source, world, device))
     cache = None
     if config.use_kv_cache:
-        blocks = _num_blocks(config, source.spec, model, world, local_ranks)
+        blocks = num_blocks(config, source.spec, model, world, local_ranks)
         sizes = (blocks, config.block_size, model.num_kv_heads, model.head_dim)
         cache = _together(world, lambda: KVCache(model.num_layers, *sizes, model.dtype, device))
-    return Runner(model, cache, choose_backend(config.attention, source.spec.sliding_window), world, device)
+    return Runner(model, cache, choose_backend(config.attention, source.spec.sliding_window, device), world, device)
 
 
 def describe_cache(runner: Runner) -> str:
@@ -65,12 +60,13 @@ def describe_cache(runner: Runner) -> str:
 def make_engine(model: Opened, runner: Runner) -> Engine:
     """The engine of rank 0 over its runner."""
     config, spec = model.config, model.source.spec
-    pool = None if runner.cache is None else BlockPool(runner.cache.num_blocks, runner.cache.block_size)
+    cache = runner.cache
+    pool = BlockPool(cache.num_blocks, cache.block_size, config.prefix_reuse) if cache else None
     scheduler = Scheduler(
         pool,
         max_batch_tokens=config.max_batch_tokens,
         num_stages=config.pipeline_parallel_size,
-        max_sequences=_MOST_SEQUENCES,
+        max_sequences=MOST_SEQUENCES,
         max_positions=spec.max_positions,
     )
     return Engine(scheduler, runner, model.tokenizer, model.end_ids, spec.vocab_size)
@@ -101,25 +97,3 @@ def _load(config: EngineConfig, source: Source, world: World, device: torch.devi
     model = build_stage(source.spec, topology, world.tp, dtype, device, config.num_layer_list)
     load_weights(model, source, topology, config.num_layer_list, progress=topology.rank == 0)
     return model.eval()
-
-
-def _num_blocks(config: EngineConfig, spec: ModelSpec, model: Decoder, world: World, local_ranks: int) -> int:
-    """Sizes the pool by memory; all ranks take the smallest. ValueError if not one block fits. A collective."""
-    bytes_each = block_bytes(model.num_layers, config.block_size, model.num_kv_heads, model.head_dim, model.dtype)
-    mine = torch.tensor([int(_cache_memory(config, model.device, local_ranks) // bytes_each)])
-    smallest = int(world.everyone.all_gather(mine, dim=0).min())
-    if smallest < 1:
-        raise ValueError(
-            f"no room for one cache block of {bytes_each / 2**20:.1f} MiB; "
-            "raise --kv-cache-memory or lower --block-size"
-        )
-    return min(smallest, _MOST_SEQUENCES * -(-spec.max_positions // config.block_size))
-
-
-def _cache_memory(config: EngineConfig, device: torch.device, local_ranks: int) -> float:
-    """Bytes that this rank may use."""
-    if config.kv_cache_memory is not None:
-        return config.kv_cache_memory * 2**30
-    if device.type == "cpu":
-        return free_memory(device) * _SHARE_OF_CPU / local_ranks
-    return free_memory(device) * _SHARE_OF_DEVICE

@@ -17,6 +17,9 @@ MIXES = {
     "prompts": [(5, 5), (1, 1), (9, 9)],
     "decodes": [(1, 6), (1, 17), (1, 1), (1, 8)],
     "chunk": [(3, 11)],
+    "long": [(38, 38)],  # longer than what a backend takes at a time
+    "long chunk": [(36, 100)],
+    "neighbours": [(1, 130)],
     "mixed": [(1, 9), (7, 7), (4, 10), (1, 3)],
 }
 
@@ -78,6 +81,26 @@ def test_without_a_cache_it_sees_the_batch_alone(name: str) -> None:
     torch.testing.assert_close(attend(name, prompts, None, cached=False), attend("reference", prompts, None))
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_what_a_broken_sequence_leaves_behind_reaches_no_other(name: str, broken: float) -> None:
+    """A sequence fills a block with it; then another one owns the block, and has written less."""
+    cache = KVCache(1, 40, BLOCK, KV_HEADS, HEAD_DIM, torch.float32, "cpu")
+    for mix, number in (([(BLOCK, BLOCK)], broken), ([(1, 1), (1, 3 * BLOCK)] * 3, 1.0)):
+        batch = make_batch(mix)
+        tokens = torch.full((int(batch.query_starts[-1]), KV_HEADS, HEAD_DIM), number)
+        query = torch.ones(len(tokens), HEADS, HEAD_DIM)
+        output = choose_backend(name, None).prepare(batch, cache).attend(0, query, tokens, tokens)
+    assert output.isfinite().all()
+
+
+def test_a_backend_that_cannot_run_says_why() -> None:
+    with pytest.raises(ValueError, match="'cpu' cannot run: .*the model is on cuda; choose one of auto, sdpa, ref"):
+        choose_backend("cpu", None, torch.device("cuda"))
+    assert choose_backend("auto", None, torch.device("cuda")).name == "sdpa"
+    assert choose_backend("auto", None, torch.device("cpu")).name == "cpu"
+
+
 def test_the_reference_is_softmax_attention() -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 4, 1, HEAD_DIM)
@@ -95,7 +118,7 @@ def test_the_reference_is_softmax_attention() -> None:
 
 
 def test_an_unknown_backend_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="'flsh'; choose one of auto, sdpa, reference"):
+    with pytest.raises(ValueError, match="'flsh'; choose one of auto, cpu, sdpa, reference"):
         choose_backend("flsh", None)
 
 

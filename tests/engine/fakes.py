@@ -9,6 +9,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from mindgen.engine.batch import Batch
 from mindgen.engine.blocks import BlockPool
 from mindgen.engine.engine import Engine
 from mindgen.engine.request import Output, Request
-from mindgen.engine.sampler import sample
+from mindgen.engine.results import row_width
+from mindgen.engine.sampler import sample, score
 from mindgen.engine.scheduler import Scheduler
 from mindgen.engine.transcript import TextTools
 from mindgen.text.stream import StopMatcher
@@ -42,13 +44,20 @@ class FakeRunner:
         batch = Batch.unpack(batch.pack())
         self.batches.append(batch)
         contexts = self._cached(batch) if self.memory else self._recomputed(batch)
-        if not len(batch.samples):
-            self.results.append(torch.empty(0, 2, dtype=torch.float64))
-            return
-        last = {stop - 1: context for stop, context in zip(batch.query_starts[1:].tolist(), contexts, strict=True)}
-        wanted = [last[row] for row in batch.sample_rows.tolist()]  # only last tokens have logits
-        assert batch.samples.position.tolist() == [len(context) for context in wanted]
-        self.results.append(sample(self.logits(wanted), batch.samples))
+        assert batch.samples.position.tolist() == [
+            len(context) for context in _seen(batch.sample_rows, contexts, batch)
+        ]
+        rows = torch.full((batch.num_results, row_width(batch.most_top)), -1.0, dtype=torch.float64)
+        self._put(rows, 0, batch.samples, contexts, batch, sample)
+        self._put(rows, len(batch.samples), batch.scored, contexts, batch, score)
+        self.results.append(rows)
+
+    def _put(
+        self, rows: Tensor, start: int, wanted: Any, contexts: list[list[int]], batch: Batch, outcome: Any
+    ) -> None:
+        if len(wanted):
+            found = outcome(self.logits(_seen(wanted.at, contexts, batch)), wanted)
+            rows[start : start + len(found), : found.shape[1]] = found
 
     def collect(self) -> Tensor:
         return self.results.popleft()
@@ -85,6 +94,17 @@ class FakeRunner:
         return contexts
 
 
+def _seen(rows: Tensor, contexts: list[list[int]], batch: Batch) -> list[list[int]]:
+    """What each of the batch's tokens `rows` sees, itself included."""
+    seen = []
+    for row in rows.tolist():
+        number = int((batch.query_starts <= row).sum()) - 1
+        behind = int(batch.query_starts[number + 1]) - 1 - row
+        seen.append(contexts[number][: len(contexts[number]) - behind])
+        assert batch.positions[row] == len(seen[-1]) - 1
+    return seen
+
+
 class Letters:
     """Token 0 is `a`, 1 is `b`; each `held` letter comes out only with the next one, as bytes of a character do."""
 
@@ -101,7 +121,7 @@ class Letters:
         return text
 
 
-LETTERS = TextTools(Letters, StopMatcher)
+LETTERS = TextTools(Letters, StopMatcher, lambda text: [ord(letter) - 97 for letter in text if letter.isalpha()])
 
 
 def hashed_logits(contexts: list[list[int]]) -> Tensor:
@@ -119,12 +139,13 @@ def make_engine(
     num_blocks: int = 64,
     block_size: int = 4,
     cache: bool = True,
+    reuse: bool = True,
     eos_ids: Iterable[int] = (),
     tools: TextTools | None = None,
     **limits: int,
 ) -> Engine:
     """An engine over a fake runner."""
-    pool = BlockPool(num_blocks, block_size) if cache else None
+    pool = BlockPool(num_blocks, block_size, reuse) if cache else None
     runner = FakeRunner(logits, num_blocks if cache else 0, block_size)
     return Engine(Scheduler(pool, **limits), runner, eos_ids=eos_ids, tools=tools)
 
@@ -160,4 +181,4 @@ def check_all_free(engine: Engine) -> None:
     """Nothing is left over."""
     pool = engine.scheduler.pool
     assert not engine.has_work
-    assert pool is None or pool.num_free == pool.num_blocks
+    assert pool is None or pool.num_available == pool.num_blocks

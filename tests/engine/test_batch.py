@@ -9,17 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindgen.engine.batch import Batch, SampleRows, make_batch
+from mindgen.engine.batch import Batch, SampleRows, ScoredRows, make_batch
 from mindgen.engine.blocks import BlockPool
 from mindgen.engine.request import Request, SamplingParams, Sequence, derive_seed
 from mindgen.engine.scheduler import Scheduler, Step
 
 
-def assert_same(one: Batch | SampleRows, other: Batch | SampleRows) -> None:
+def assert_same(one: Batch | SampleRows | ScoredRows, other: Batch | SampleRows | ScoredRows) -> None:
     """Field by field, bit by bit."""
     for item in fields(one):
         left, right = getattr(one, item.name), getattr(other, item.name)
-        if isinstance(left, SampleRows):
+        if isinstance(left, SampleRows | ScoredRows):
             assert_same(left, right)
         else:
             assert (left.dtype, left.shape) == (right.dtype, right.shape), item.name
@@ -82,10 +82,10 @@ def test_samples_are_rows_of_one_token_with_seeds_of_their_own():
 
 
 def test_history_is_sent_only_where_a_penalty_needs_it():
-    _, step = scheduled(sequence(0, (1, 2)), sequence(1, (3, 4, 5), repetition_penalty=1.1), sequence(2, (6, 7)))
+    _, step = scheduled(sequence(0, (1, 2)), sequence(1, (3, 4, 5, 4), repetition_penalty=1.1), sequence(2, (6, 7)))
     samples = make_batch(step, 4).samples
-    assert samples.history_starts.tolist() == [0, 0, 3, 3]
-    assert samples.history.tolist() == [3, 4, 5]
+    assert samples.seen_row.tolist() == [1, 1, 1]
+    assert samples.seen.tolist() == [3, 4, 5]
 
 
 floats = st.floats(0.0, 1.0)
@@ -119,5 +119,5 @@ def test_unpacking_gives_what_was_packed(asked, budget, copies):
 
 def test_a_buffer_with_numbers_left_over_is_refused():
     _, step = scheduled(sequence(0, (1, 2)))
-    with pytest.raises(AssertionError):
+    with pytest.raises(RuntimeError, match="split"):
         Batch.unpack(torch.cat([make_batch(step, 4).pack(), torch.tensor([1])]))

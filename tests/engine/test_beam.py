@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import permutations
 
 import pytest
@@ -13,43 +14,29 @@ import torch
 
 from mindgen.engine.request import Request, SamplingParams
 from tests.engine.fakes import LETTERS, make_engine, run
+from tests.engine.llama import VOCAB, last_logits, tiny_llama
 from tests.engine.test_sampler import chi_square
-
-VOCAB = 61
 
 
 @pytest.fixture(scope="module")
 def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.25, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1.5)
-    return model
+    return tiny_llama()
 
 
 @pytest.fixture(scope="module")
 def logits(llama):
-    @torch.inference_mode()
-    def of(contexts):
-        assert len({len(context) for context in contexts}) == 1
-        return llama(torch.tensor(contexts)).logits[:, -1]
-
-    return of
+    return partial(last_logits, llama)
 
 
 def theirs(llama, prompt, params, eos_ids):
     """Sequences without their padding, and scores."""
+    biases = [[[token], value] for token, value in params.logit_bias] or None
     found = llama.generate(
         torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64), do_sample=False,
         num_beams=params.num_beams, num_return_sequences=params.n, max_new_tokens=params.max_new_tokens,
         length_penalty=params.length_penalty, repetition_penalty=params.repetition_penalty, early_stopping=False,
-        eos_token_id=list(eos_ids) or None, pad_token_id=VOCAB - 1, return_dict_in_generate=True, output_scores=True,
+        min_new_tokens=params.min_new_tokens or None, sequence_bias=biases, eos_token_id=list(eos_ids) or None,
+        pad_token_id=VOCAB - 1, return_dict_in_generate=True, output_scores=True,
     )  # fmt: skip
     sequences = [trim(row[len(prompt) :], eos_ids) for row in found.sequences.tolist()]
     return sequences, found.sequences_scores.tolist()
@@ -71,6 +58,8 @@ CASES = {
     "long is good": (SamplingParams(num_beams=4, n=4, length_penalty=1.6), range(0, 60, 2)),
     "short is good": (SamplingParams(num_beams=4, n=2, length_penalty=-1.0), (1, 5, 7, 11, 20)),
     "no length penalty": (SamplingParams(num_beams=2, n=2, length_penalty=0.0), (1, 5, 7)),
+    "at least six tokens": (SamplingParams(num_beams=3, n=3, min_new_tokens=6), range(4)),
+    "biases": (SamplingParams(num_beams=3, n=3, logit_bias={5: 3.0, 9: -2.0, 20: -100.0}), (1, 5, 7)),
     "one token": (SamplingParams(num_beams=4, n=4, max_new_tokens=1), (1, 5, 7)),
 }
 

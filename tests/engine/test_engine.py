@@ -11,9 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mindgen.engine.batch import make_batch
 from mindgen.engine.engine import Engine
-from mindgen.engine.request import Output, Request, SamplingParams, derive_seed
-from mindgen.engine.transcript import TextTools
+from mindgen.engine.request import Output, Request, SamplingParams, Sequence, derive_seed
+from mindgen.engine.results import read_row
+from mindgen.engine.sampler import sample
+from mindgen.engine.scheduler import Chunk, Step
+from mindgen.engine.transcript import Ends, TextTools
 from mindgen.text.stream import StopMatcher
 from tests.engine.fakes import (
     LETTERS,
@@ -26,7 +30,6 @@ from tests.engine.fakes import (
     run,
     token_ids,
 )
-from tests.engine.test_sampler import tokens as drawn_tokens
 
 EOS = (3, 5)
 
@@ -123,6 +126,103 @@ def test_log_probabilities_come_with_their_token():
     assert say("a", logprobs=0)[0].logprobs[0].top == ()
 
 
+def test_stop_strings_do_not_count_before_min_new_tokens():
+    outputs = say("abcxabcx", stop="bc", min_new_tokens=5)
+    assert (text(outputs), letters(outputs), outputs[-1].finish_reason) == ("abcxa", "abcxabc", "stop")
+    assert text(say("abcx", stop="bc", min_new_tokens=4)) == "abcx"
+    assert text(say("abcx", stop="c", min_new_tokens=3)) == "ab"  # the third token may end it
+
+
+def test_an_echo_begins_with_the_prompt_in_ids_and_text():
+    outputs = say("ello", echo=True, stop="h")
+    assert (text(outputs), letters(outputs)) == ("hello", "hello")
+    assert [output.text for output in outputs] == ["he", "l", "l", "o"]
+    assert all(output.logprobs is None and output.prompt_logprobs is None for output in outputs)
+    assert text(say("ello", echo=True, num_beams=2)) == "hello"
+
+
+def test_text_of_the_prompt_that_the_detokenizer_holds_comes_out_with_the_first_token():
+    outputs = say("ello", TextTools(lambda: Letters(held="h"), StopMatcher), echo=True)
+    assert [output.text for output in outputs] == ["he", "l", "l", "o"]
+
+
+def test_bad_words_need_a_tokenizer_and_tokens():
+    request = Request(0, (1,), SamplingParams(bad_words=("x",)))
+    for engine in (make_engine(), make_engine(tools=TextTools(Letters, StopMatcher))):
+        with pytest.raises(ValueError, match="bad_words, which need a tokenizer"):
+            engine.submit(request)
+    with pytest.raises(ValueError, match="no tokens of the bad word '!'"):
+        make_engine(tools=LETTERS).submit(Request(0, (1,), SamplingParams(bad_words=("!",))))
+
+
+def test_a_bad_word_is_written_in_other_tokens_after_a_space_and_within_a_line():
+    """As SentencePiece does, which puts a space before every text."""
+    pieces = ["▁w", "▁", "\n", "w"]
+
+    def encode(text: str) -> list[int]:
+        rest, ids = "▁" + text.replace(" ", "▁"), []
+        while rest:
+            ids.append(next(token for token, piece in enumerate(pieces) if rest.startswith(piece)))
+            rest = rest.removeprefix(pieces[ids[-1]])
+        return ids
+
+    assert TextTools(Letters, StopMatcher, encode).ways_to_write("w") == ((0,), (1, 0), (3,))
+    assert TextTools(Letters, StopMatcher, encode).ways_to_write("ww") == ((0, 3), (1, 0, 3), (3, 3))
+
+
+def test_bad_words_do_not_appear():
+    outputs = say("abcabd", bad_words=["bc", "d"])
+    assert letters(outputs) == "abaaba"  # the first of the other letters, all equal
+
+
+def test_the_best_of_many_come_at_the_end_and_whole():
+    params = SamplingParams(max_new_tokens=5, seed=3, n=2, best_of=4, logprobs=1, prompt_logprobs=0, echo=True)
+    outputs = run(make_engine(tools=LETTERS), Request(0, (1, 2, 3), params))
+    assert [output.index for output in outputs] == [0, 1]
+    assert outputs[0].score > outputs[1].score
+    for output in outputs:
+        assert len(output.token_ids) == len(output.logprobs) == len(output.text) == 3 + 5
+        assert output.text == letters([output]) and output.finish_reason == "length"
+        assert output.score == pytest.approx(sum(one.logprob for one in output.logprobs[3:]))
+        assert [one.token_id for one in output.prompt_logprobs] == [1, 2, 3]
+
+
+def test_best_of_without_log_probabilities_keeps_its_own_sums():
+    params = SamplingParams(max_new_tokens=5, seed=3, n=2, best_of=4)
+    plain = run(make_engine(), Request(0, (1, 2, 3), params))
+    told = run(make_engine(), Request(0, (1, 2, 3), replace(params, logprobs=0)))
+    assert [replace(output, logprobs=None) for output in told] == plain
+    assert plain[0].logprobs is None
+
+
+def test_a_sample_that_fails_is_none_of_the_best():
+    """Whatever says token 1 gets NaN: samples that do not say it are returned first."""
+
+    def logits(contexts: list[list[int]]) -> torch.Tensor:
+        return torch.tensor([[0.0, 0.0] if 1 not in context[1:] else [math.nan, 0.0] for context in contexts])
+
+    params = SamplingParams(max_new_tokens=2, best_of=8, n=8, seed=1)
+    outputs = run(make_engine(logits), Request(0, (0,), params))
+    failed = [output.finish_reason == "error" for output in outputs]
+    assert failed == sorted(failed) and len(set(failed)) == 2
+
+
+def test_an_aborted_search_for_the_best_returns_nothing_else():
+    engine = make_engine()
+    engine.submit(Request(0, (1,), SamplingParams(max_new_tokens=9, best_of=5, n=2)))
+    assert engine.step() == []
+    engine.abort(0)
+    assert reasons(engine.step()) == {(0, 0): "abort", (0, 1): "abort"}
+    check_all_free(engine)
+
+
+def test_a_bias_outside_the_vocabulary_is_refused():
+    engine = make_engine()
+    engine.vocab_size = VOCAB
+    with pytest.raises(ValueError, match=f"logit_bias of request 0 has token id {VOCAB}"):
+        engine.submit(Request(0, (1,), SamplingParams(logit_bias={VOCAB: 1.0})))
+
+
 def test_prompts_outside_the_vocabulary_are_refused():
     engine = make_engine()
     engine.vocab_size = VOCAB
@@ -167,12 +267,21 @@ def plain(request: Request, index: int = 0) -> tuple[int, ...]:
     params = replace(request.params, n=1, seed=seed, max_new_tokens=999)
     tokens = list(request.prompt)
     while len(tokens) < len(request.prompt) + request.params.max_new_tokens:
-        (token,) = drawn_tokens(hashed_logits([tokens]), (params, tuple(tokens)))
+        token = draw_afresh(request.prompt, tokens, params)
         assert token is not None
         tokens.append(token)
         if token in params.stop_token_ids or (token in EOS and not params.ignore_eos):
             break
     return tuple(tokens[len(request.prompt) :])
+
+
+def draw_afresh(prompt: tuple[int, ...], tokens: list[int], params: SamplingParams) -> int | None:
+    """The next token, for a sequence that nobody has followed so far."""
+    ends = Ends.of(params, EOS).ids
+    sequence = Sequence.start(Request(0, prompt, params), params.seed or 0, ends)
+    sequence.tokens[:] = tokens
+    batch = make_batch(Step((Chunk(sequence, 0, len(tokens), 1),)), None)
+    return read_row(sample(hashed_logits([tokens]), batch.samples)[0].tolist(), 0).token
 
 
 def expected(request: Request) -> dict[tuple[int, int], tuple[int, ...]]:
@@ -193,14 +302,20 @@ options = st.fixed_dictionaries(
         "ignore_eos": st.booleans(),
         "n": st.integers(1, 3),
         "num_beams": st.integers(1, 4),
+        "min_new_tokens": st.integers(0, 9),
+        "min_p": st.sampled_from([0.05, 0.4]),
+        "presence_penalty": st.sampled_from([-2.0, 1.5]),
+        "frequency_penalty": st.sampled_from([-0.5, 2.0]),
+        "logit_bias": st.dictionaries(st.integers(0, VOCAB - 1), st.sampled_from([-100.0, -2.0, 4.0]), max_size=3),
     },
 )
 prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=14).map(tuple)
 limits = st.fixed_dictionaries(
     {
-        "num_blocks": st.sampled_from([30, 44, 100]),
+        "num_blocks": st.sampled_from([24, 30, 100]),
         "block_size": st.sampled_from([2, 3, 4, 16]),
         "cache": st.sampled_from([True, True, True, False]),
+        "reuse": st.booleans(),
         "max_batch_tokens": st.integers(4, 30),
         "num_stages": st.integers(1, 4),
         "max_sequences": st.sampled_from([4, 7, 256]),
@@ -209,19 +324,21 @@ limits = st.fixed_dictionaries(
 
 
 def make_request(number: int, prompt: tuple[int, ...], chosen: dict) -> Request:
+    chosen = chosen | {"min_new_tokens": min(chosen.get("min_new_tokens", 0), chosen["max_new_tokens"])}
     if chosen.get("num_beams", 1) > 1:
         chosen = chosen | {"n": min(chosen.get("n", 1), chosen["num_beams"])}
     return Request(number, prompt, SamplingParams(**chosen))
 
 
 def check_blocks(engine: Engine) -> None:
-    """Free and used blocks add up, shared ones are known as shared, and nobody holds more than is needed."""
+    """Blocks add up, shared ones are known as shared, and nobody holds more than is needed."""
     pool = engine.scheduler.pool
     if pool is None:
         return
     owners = Counter(block for sequence in engine.scheduler.sequences for block in sequence.blocks)
-    assert pool.num_used == len(owners) == pool.num_blocks - pool.num_free
-    assert all(pool.is_shared(block) == (count > 1) for block, count in owners.items())
+    assert pool.num_used == len(owners) == pool.num_blocks - pool.num_free - pool.num_cached
+    assert pool.reuse or not pool.num_cached
+    assert all(pool.num_owners(block) == count for block, count in owners.items())
     for sequence in engine.scheduler.sequences:
         assert len(sequence.blocks) == len(set(sequence.blocks)) <= pool.blocks_for(len(sequence.tokens))
 
@@ -305,6 +422,34 @@ def test_aborting_shows_the_text_that_was_held_back():
     (last,) = engine.step()
     assert (last.text, last.finish_reason, last.token_ids) == ("ab", "abort", ())
     check_all_free(engine)
+
+
+def test_a_preempted_answer_goes_on_as_if_nothing_had_happened():
+    """Counts of tokens, words cut in half, scores of the prompt and sums of log-probabilities survive."""
+    options: list[dict[str, object]] = [
+        {"frequency_penalty": 0.7, "presence_penalty": -0.5, "repetition_penalty": 1.3, "logprobs": 1},
+        {"bad_words": ["ab", "bc", "cad", "e"], "logit_bias": {0: 2.0, 1: 2.0, 2: 2.0}, "n": 2},
+        {"prompt_logprobs": 2, "best_of": 3, "n": 2},
+        {"echo": True, "logprobs": 2, "min_new_tokens": 9},
+    ]
+    requests = [
+        Request(number, tuple(range(number, number + 11)), SamplingParams(max_new_tokens=12, seed=number, **chosen))
+        for number, chosen in enumerate(options * 2)
+    ]
+    pressed = make_engine(num_blocks=17, block_size=4, max_batch_tokens=9, eos_ids=(22,), tools=LETTERS)
+    found = run(pressed, *requests)
+    assert pressed.scheduler.stats.num_preemptions, "nothing was preempted"
+    assert whole(found) == whole(run(make_engine(num_blocks=999, eos_ids=(22,), tools=LETTERS), *requests))
+
+
+def whole(outputs: list[Output]) -> dict[tuple[int, int], tuple[object, ...]]:
+    """Everything that is told of each sequence."""
+    told: dict[tuple[int, int], tuple[object, ...]] = {}
+    for output in sorted(outputs, key=lambda output: (output.request_id, output.index)):  # keeps the order of pieces
+        pieces = [output.token_ids, output.text, output.finish_reason, output.logprobs, output.prompt_logprobs]
+        key = (output.request_id, output.index)
+        told[key] = (*told.get(key, ()), *pieces, output.score, output.message)
+    return told
 
 
 def test_sample_zero_is_the_answer_of_n_1():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mindgen.engine.request import Request, SamplingParams, derive_seed
@@ -21,8 +23,11 @@ from mindgen.engine.request import Request, SamplingParams, derive_seed
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, f"seed is {2**64}"),
-        ({"stop": "end"}, "stop is 'end'"),
+        ({"stop": 5}, "stop is 5"),
+        ({"stop": ""}, "stop is ''"),
         ({"stop": ("",)}, "stop is ('',)"),
+        ({"bad_words": ["x", 3]}, "bad_words is ['x', 3]"),
+        ({"stop_token_ids": 5}, "stop_token_ids is 5"),
         ({"stop_token_ids": (-5,)}, "stop token id is -5"),
         ({"n": 0}, "n is 0"),
         ({"num_beams": 0}, "num_beams is 0"),
@@ -31,12 +36,38 @@ from mindgen.engine.request import Request, SamplingParams, derive_seed
         ({"num_beams": 2, "logprobs": 1}, "log-probabilities"),
         ({"logprobs": -1}, "logprobs is -1"),
         ({"length_penalty": 99.0}, "length_penalty is 99.0"),
+        ({"min_new_tokens": -1}, "min_new_tokens is -1; it must be a whole number from 0"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens is 9, above max_new_tokens"),
+        ({"min_p": 1.5}, "min_p is 1.5; it must be a number from 0.0 to 1.0"),
+        ({"presence_penalty": 2.1}, "presence_penalty is 2.1; it must be a number from -2.0 to 2.0"),
+        ({"frequency_penalty": -3}, "frequency_penalty is -3"),
+        ({"best_of": 0}, "best_of is 0"),
+        ({"best_of": 257}, "best_of is 257; it must be a whole number from 1 to 256"),
+        ({"best_of": 2, "n": 3}, "best_of is 2, but n is 3"),
+        ({"best_of": 2, "temperature": 0.0}, "temperature 0"),
+        ({"best_of": 2, "num_beams": 2}, "best_of is 2, but beams"),
+        ({"prompt_logprobs": 1001}, "prompt_logprobs is 1001; it must be a whole number from 0 to 1000"),
+        ({"prompt_logprobs": 0, "num_beams": 2}, "log-probabilities"),
+        ({"echo": 1}, "echo is 1"),
+        ({"logit_bias": {3: 101}}, "logit_bias of token 3 is 101; it must be a number from -100.0 to 100.0"),
+        ({"logit_bias": {-3: 1}}, "token id of logit_bias is -3"),
+        ({"logit_bias": {"a": 1}}, "token id of logit_bias is 'a'"),
+        ({"logit_bias": 7}, "logit_bias is 7"),
+        ({"logit_bias": [1, 2]}, "logit_bias is [1, 2]"),
     ],
 )
 def test_a_value_out_of_range_is_named(options, named):
     with pytest.raises(ValueError) as caught:
         SamplingParams(**options)
     assert named in str(caught.value)
+
+
+def test_lists_and_dicts_are_kept_so_that_parameters_can_be_hashed_and_replaced():
+    params = SamplingParams(stop=["x", "y"], stop_token_ids=[4, 2], bad_words="z", logit_bias={9: 1, 3: -2.5})
+    same = SamplingParams(stop=("x", "y"), stop_token_ids=(4, 2), bad_words=("z",), logit_bias={3: -2.5, 9: 1.0})
+    assert params == same and len({params, same, replace(params), replace(same, n=1)}) == 1
+    assert (params.stop, params.bad_words, params.logit_bias) == (("x", "y"), ("z",), ((3, -2.5), (9, 1)))
+    assert SamplingParams(stop="end").stop == ("end",)
 
 
 def test_an_empty_prompt_is_refused():

@@ -16,7 +16,7 @@ from mindgen.attention.reference import ReferenceAttention, ReferenceContext
 from mindgen.engine.blocks import BlockPool
 from mindgen.engine.engine import Engine
 from mindgen.engine.kv_cache import KVCache
-from mindgen.engine.request import Request, SamplingParams
+from mindgen.engine.request import Output, Request, SamplingParams
 from mindgen.engine.runner import Runner
 from mindgen.engine.scheduler import Scheduler
 from mindgen.parallel.group import Group, SingleGroup
@@ -137,6 +137,8 @@ def requests() -> list[Request]:
         Request(2, (5, 6, 7), SamplingParams(max_new_tokens=7, seed=2**64 - 1, n=2, logprobs=2)),
         Request(3, (9,) * 6, SamplingParams(max_new_tokens=8, num_beams=3, n=2, temperature=0.0)),
         Request(4, (3,), SamplingParams(max_new_tokens=8, repetition_penalty=1.3, top_p=0.8, seed=1)),
+        Request(5, tuple(range(13)), SamplingParams(max_new_tokens=6, n=2, prompt_logprobs=3, min_p=0.05, seed=5)),
+        Request(6, (2, 2), SamplingParams(max_new_tokens=7, frequency_penalty=1.0, logit_bias={1: 3.0}, seed=6)),
     ]
 
 
@@ -155,6 +157,37 @@ def alone() -> dict[tuple[int, int], tuple[int, ...]]:
 def test_every_split_gives_the_tokens_of_one_rank(alone, tp, pp, cached):
     with started(tp, pp, cached) as engine:
         assert token_ids(run(engine, *requests())) == alone
+
+
+def prompt_logprobs(outputs: list[Output]) -> list[float]:
+    return [one.logprob for output in outputs for one in output.prompt_logprobs or () if one.logprob is not None]
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
+def test_every_split_gives_the_log_probabilities_of_one_rank(tp, pp):
+    scored = [request for request in requests() if request.params.prompt_logprobs is not None]
+    with started(1, 1, True) as engine:
+        alone = prompt_logprobs(run(engine, *scored))
+    with started(tp, pp, True) as engine:
+        together = [output for output in run(engine, *requests()) if output.request_id == scored[0].id]
+    assert len(alone) == 2 * 12 and prompt_logprobs(together) == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_long_prompt_is_scored_a_few_rows_at_a_time():
+    """The logits of a whole prompt would need gigabytes."""
+    sizes = []
+
+    class Watched(TinyStage):
+        def logits(self, hidden: Tensor) -> Tensor:
+            sizes.append(len(hidden))
+            return super().logits(hidden)
+
+    world = World()
+    runner = Runner(Watched(SINGLE, SingleGroup()), None, ReferenceAttention(None), world, torch.device("cpu"))
+    engine = Engine(Scheduler(None, max_batch_tokens=1000), runner)
+    prompt = tuple(token % VOCAB for token in range(600))
+    (output,) = run(engine, Request(0, prompt, SamplingParams(max_new_tokens=1, prompt_logprobs=0)))
+    assert sizes == [1, 256, 256, 87] and len(output.prompt_logprobs) == 600
 
 
 def test_a_run_can_be_closed_while_steps_are_in_flight():

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from mindgen.engine.batch import Batch, SampleRows, make_batch
+from mindgen.engine.batch import Batch, SampleRows, ScoredRows, make_batch
+from mindgen.engine.noise import gumbel_noise
 from mindgen.engine.request import Request, SamplingParams, Sequence
 from mindgen.engine.results import Sampled, read_row
-from mindgen.engine.sampler import gumbel_noise, sample
+from mindgen.engine.sampler import sample, score
 from mindgen.engine.scheduler import Chunk, Step
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -43,11 +44,19 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
     return float(((counts - expected) ** 2 / expected).sum()) / bound
 
 
-def many(logits: torch.Tensor, params: SamplingParams, draws: int, by: str = "seed", seen: tuple[int, ...] = (0,)):
+def many(
+    logits: torch.Tensor,
+    params: SamplingParams,
+    draws: int,
+    by: str = "seed",
+    seen: tuple[int, ...] = (0,),
+    rows: SampleRows | None = None,
+) -> torch.Tensor:
     """Tokens of one row [1, V] drawn again and again, for other seeds or at other positions."""
-    one = rows_of((params, seen))
+    one = rows or rows_of((params, seen))
     columns = {item.name: getattr(one, item.name).repeat(draws) for item in fields(one)}
-    columns["history_starts"] = torch.arange(draws + 1) * len(one.history)
+    for name, ids in (("seen_row", one.seen), ("added_row", one.added_id)):
+        columns[name] = torch.arange(draws).repeat_interleave(len(ids))
     columns[by] = torch.arange(draws)
     return sample(logits.expand(draws, -1), SampleRows(**columns))[:, 0].long()
 
@@ -131,6 +140,10 @@ def survivors(logits: torch.Tensor, params: SamplingParams, seen: tuple[int, ...
         ({"top_k": 5, "top_p": 0.7, "temperature": 3.0}, (0,)),
         ({"top_k": 4, "repetition_penalty": 1.5}, (2, 5, 5, 9)),
         ({"top_p": 0.6, "repetition_penalty": 0.5, "temperature": 0.7}, (1, 0, 99)),
+        ({"min_p": 0.2}, (0,)),
+        ({"min_p": 1.0}, (0,)),
+        ({"min_p": 0.3, "top_p": 0.8, "temperature": 1.5}, (0,)),
+        ({"min_p": 0.3, "top_k": 6, "temperature": 2.0, "repetition_penalty": 1.3}, (3, 4)),
     ],
 )
 def test_the_filters_are_those_of_transformers(options, seen):
@@ -144,6 +157,8 @@ def test_the_filters_are_those_of_transformers(options, seen):
         scores = hf.TopKLogitsWarper(params.top_k)(None, scores)
     if params.top_p < 1:
         scores = hf.TopPLogitsWarper(params.top_p)(None, scores)
+    if params.min_p:
+        scores = hf.MinPLogitsWarper(params.min_p)(None, scores)
     kept = scores.softmax(-1)[0]
     drawn = many(logits, params, 4000, seen=seen)
     counts = drawn.bincount(minlength=12).double()
@@ -164,6 +179,12 @@ def test_top_p_keeps_the_token_that_crosses():
     assert survivors(logits, SamplingParams(top_p=0.71)) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_min_p_keeps_what_has_exactly_its_share(top_k):
+    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0]])
+    assert survivors(logits, SamplingParams(min_p=1.0, top_k=top_k)) == {1, 2}
+
+
 def test_greedy_sees_the_repetition_penalty_and_the_reported_logprob_does_not():
     logits = torch.tensor([[2.0, 1.9, -1.0], [-2.0, -1.9, -3.0]])
     params = SamplingParams(temperature=0.0, repetition_penalty=1.2, logprobs=2)
@@ -179,11 +200,61 @@ def test_alternatives_beyond_the_vocabulary_do_not_exist():
     assert [candidate.token for candidate in row.top] == [1, 0]
 
 
+def test_presence_and_frequency_take_from_the_scores_of_generated_tokens():
+    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, logit_bias={0: 3.0, 4: -1.0}, n=1)
+    sequence = Sequence.start(Request(0, (0, 1, 1), params), 0)
+    sequence.tokens += [1, 3, 3, 4, 3, 9]  # 9 is outside the vocabulary
+    batch = make_batch(Step((Chunk(sequence, 0, 9, 1),)), None)
+    expected = [1.0 + 3.0, 2.0 - 0.75, 3.0, 4.0 - 0.5 - 3 * 0.25, 5.0 - 1.0 - 0.75]
+    counts = many(logits, params, 20_000, rows=batch.samples).bincount(minlength=5).double()
+    assert chi_square(counts, torch.tensor(expected).double().softmax(0)) < 1
+
+
+def test_additions_come_after_the_repetition_penalty_and_what_is_forbidden_stays_so():
+    logits = torch.tensor([[4.0, 3.0, 2.5, 0.0]])
+    biased = SamplingParams(temperature=0.0, repetition_penalty=2.0, logit_bias={0: 0.9})
+    assert tokens(logits, (biased, (0,))) == [1]  # 4 / 2 + 0.9 < 3; (4 + 0.9) / 2 < 3 as well
+    assert tokens(logits, (replace(biased, logit_bias={0: 1.1}), (0,))) == [0]
+    sequence = Sequence.start(Request(0, (0,), replace(biased, logit_bias={0: 100.0})), 0, bad_words=[(0,), (1,)])
+    batch = make_batch(Step((Chunk(sequence, 0, 1, 1),)), None)
+    assert sample(logits, batch.samples)[0, 0] == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 2}, {"num_beams": 2}])
+def test_where_everything_is_forbidden_there_is_no_token(options):
+    sequence = Sequence.start(Request(0, (0,), SamplingParams(**options)), 0, bad_words=[(0,), (1,)])
+    batch = make_batch(Step((Chunk(sequence, 0, 1, 1),)), None)
+    assert read_row(sample(torch.zeros(1, 2), batch.samples)[0].tolist(), 0).token is None
+
+
+def test_a_log_probability_is_told_only_where_it_is_wanted():
+    logits = torch.randn(3, 9)
+    asked = [SamplingParams(), SamplingParams(logprobs=0), SamplingParams(best_of=2)]
+    found = sampled(logits, *((params, (0,)) for params in asked))
+    assert [row.logprob is None for row in found] == [True, False, False]
+
+
+def test_known_tokens_are_scored_in_rows_of_their_own():
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(3))
+    logits[3, 5] = math.nan
+    rows = ScoredRows(torch.arange(4), torch.tensor([8, 0, 3, 3]), torch.tensor([0, 2, 12, 1]))
+    assert [len(part) for part in rows.split(3)] == [3, 1]
+    found = [read_row(row, number) for row, number in zip(score(logits, rows).tolist(), (0, 2, 12, 1), strict=True)]
+    table = logits.log_softmax(-1)
+    for number, (row, token) in enumerate(zip(found[:3], (8, 0, 3), strict=True)):
+        assert row.token == token and row.logprob == pytest.approx(float(table[number, token]))
+    assert [candidate.token for candidate in found[1].top] == table[1].topk(2).indices.tolist()
+    assert len(found[2].top) == 9 and found[3].token is None
+
+
 def mixed_rows() -> list[tuple[SamplingParams, tuple[int, ...]]]:
     options: list[dict[str, float | int]] = [
         {}, {"temperature": 0.0}, {"top_k": 4}, {"top_k": 30, "top_p": 0.8}, {"top_p": 0.7}, {"temperature": 0.3},
         {"temperature": 0.0, "repetition_penalty": 1.4}, {"top_p": 0.9, "repetition_penalty": 1.4, "logprobs": 3},
         {"num_beams": 2, "temperature": 0.0}, {"num_beams": 3, "top_k": 7}, {"logprobs": 0}, {"top_k": 1},
+        {"min_p": 0.1}, {"min_p": 0.1, "top_p": 0.8, "top_k": 20}, {"num_beams": 2, "top_p": 0.9, "min_p": 0.01},
+        {"logit_bias": {3: 5.0}}, {"temperature": 0.0, "logit_bias": {8: 100.0, 9: 100.0}, "best_of": 1},
     ]  # fmt: skip
     return [
         (SamplingParams(seed=number % 4, **choice), tuple(range(number % 5 + 1)))  # type: ignore[arg-type]
@@ -238,7 +309,7 @@ def test_a_row_without_usable_logits_has_no_token_and_disturbs_nobody():
         if row in broken:
             assert read_row(after[row].tolist(), 1).token is None
         else:
-            assert torch.equal(before[row], after[row])
+            assert torch.equal(before[row].nan_to_num(9), after[row].nan_to_num(9))
 
 
 def test_forbidden_tokens_are_never_drawn():

@@ -1,20 +1,17 @@
-"""Blocks and steps: who owns what, and who runs next."""
+"""Steps: who runs next, who gives up its blocks, and what is not computed again."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from mindgen.engine.blocks import BlockPool
 from mindgen.engine.request import Request, SamplingParams, Sequence
-from mindgen.engine.scheduler import Scheduler, Step
+from mindgen.engine.scheduler import MOST_OVERTAKEN, Scheduler, Step
 
 
 def sequence(number: int, num_prompt: int = 4, num_new: int = 4, **options) -> Sequence:
     params = SamplingParams(max_new_tokens=num_new, **options)
-    return Sequence.start(Request(number, tuple(range(num_prompt)), params), seed=0)
+    return Sequence.start(Request(number, (1000 + number, *range(1, num_prompt)), params), seed=0)
 
 
 def lengths(step: Step | None) -> list[tuple[int, int, int]]:
@@ -30,52 +27,6 @@ def answer(scheduler: Scheduler, step: Step | None) -> None:
     for chunk in step.chunks:
         for one in scheduler.split(chunk.sequence) if chunk.num_samples else []:
             one.tokens.append(1)
-
-
-class Pool(RuleBasedStateMachine):
-    """Any order of allocate, share and release, against a list of who holds what."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool = BlockPool(5, 4)
-        self.holdings: list[list[int]] = []
-
-    @precondition(lambda self: self.pool.num_free)
-    @rule()
-    def allocate(self) -> None:
-        block = self.pool.allocate()
-        assert not any(block in held for held in self.holdings)
-        self.holdings.append([block])
-
-    @precondition(lambda self: self.holdings)
-    @rule(data=st.data())
-    def share(self, data: st.DataObject) -> None:
-        self.holdings.append(self.pool.share(data.draw(st.sampled_from(self.holdings))))
-
-    @precondition(lambda self: self.holdings)
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
-        self.pool.release(self.holdings.pop(data.draw(st.integers(0, len(self.holdings) - 1))))
-
-    @invariant()
-    def adds_up(self) -> None:
-        held = [block for blocks in self.holdings for block in blocks]
-        assert self.pool.num_used == len(set(held)) == self.pool.num_blocks - self.pool.num_free
-        assert all(self.pool.is_shared(block) == (held.count(block) > 1) for block in held)
-
-
-TestPool = Pool.TestCase
-TestPool.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
-
-
-def test_releasing_twice_is_a_bug_of_ours():
-    pool = BlockPool(2, 4)
-    block = pool.allocate()
-    pool.release([block])
-    with pytest.raises(AssertionError):
-        pool.release([block])
-    with pytest.raises(AssertionError):
-        pool.share([block])
 
 
 def test_decodes_come_before_prompts_and_a_long_prompt_takes_what_is_left():
@@ -103,16 +54,132 @@ def test_a_decode_does_not_wait_behind_the_chunks_of_an_earlier_prompt():
         answer(scheduler, step)
 
 
-def test_a_request_waits_until_the_blocks_for_its_longest_answer_are_free():
+def test_what_just_fits_is_not_refused():
     scheduler = Scheduler(BlockPool(5, 4))
-    scheduler.submit(sequence(0, num_prompt=4, num_new=8))  # 3 blocks
-    scheduler.submit(sequence(1, num_prompt=4, num_new=8))
-    scheduler.submit(sequence(2, num_prompt=1, num_new=1))  # would fit, but came later
+    scheduler.submit(sequence(0, num_prompt=9, num_new=12))  # its last token needs no place
+    scheduler.submit(sequence(1, num_prompt=8, num_new=13, n=3))  # samples can take turns
+    scheduler.submit(sequence(2, num_prompt=8, num_new=5, num_beams=3))
+
+
+def growing(num_blocks: int, num_steps: int) -> Scheduler:
+    """Two sequences that answered for some steps; every second step each takes a block of two tokens."""
+    scheduler = Scheduler(BlockPool(num_blocks, 2))
+    for number in range(2):
+        scheduler.submit(sequence(number, num_prompt=2, num_new=6))
+    for _ in range(num_steps):
+        answer(scheduler, scheduler.schedule())
+    assert [one.num_computed for one in scheduler.sequences] == [1 + num_steps] * 2
+    return scheduler
+
+
+def test_the_last_admitted_gives_up_its_blocks_and_is_the_first_to_come_back():
+    scheduler = growing(num_blocks=4, num_steps=3)
+    scheduler.submit(sequence(2, num_prompt=2, num_new=1))
+    first, last, _ = scheduler.sequences
     step = scheduler.schedule()
-    assert lengths(step) == [(0, 0, 4)]
+    assert lengths(step) == [(0, 4, 1)]
+    assert (last.blocks, last.num_computed, len(last.tokens)) == ([], 0, 5)
+    assert scheduler.stats.num_preemptions == 1 and scheduler.stats.num_waiting == 2
     answer(scheduler, step)
-    scheduler.finish(step.chunks[0].sequence)
-    assert {number for number, _, _ in lengths(scheduler.schedule())} == {1, 2}
+    scheduler.finish(first)
+    assert lengths(scheduler.schedule()) == [(1, 2, 3)]  # its first block was still there
+
+
+def test_who_was_admitted_last_waits_in_its_place_with_what_it_has():
+    scheduler = growing(num_blocks=5, num_steps=3)
+    first, last = scheduler.sequences
+    step = scheduler.schedule()
+    assert lengths(step) == [(0, 4, 1)] and last.num_computed == 4
+    answer(scheduler, step)
+    scheduler.finish(first)
+    assert lengths(scheduler.schedule()) == [(1, 4, 1)]
+    assert scheduler.stats.num_preemptions == 0
+
+
+def test_those_in_flight_keep_their_blocks():
+    scheduler = Scheduler(BlockPool(4, 2), num_stages=2)
+    for number in range(2):
+        scheduler.submit(sequence(number, num_prompt=2, num_new=6))
+    for _ in range(2):
+        steps = [scheduler.schedule(), scheduler.schedule()]
+        for step in steps:
+            answer(scheduler, step)
+    ahead, last = scheduler.schedule(), scheduler.schedule()
+    answer(scheduler, ahead)
+    assert scheduler.schedule() is None  # the first needs a block, and only the one in flight could give it
+    answer(scheduler, last)
+    assert lengths(scheduler.schedule()) == [(0, 4, 1)]
+    assert scheduler.stats.num_preemptions == 1
+
+
+def test_smaller_ones_pass_who_waits_for_blocks_but_not_for_ever():
+    scheduler = Scheduler(BlockPool(20, 4))
+    scheduler.submit(sequence(0, num_prompt=40, num_new=40))
+    answer(scheduler, scheduler.schedule())
+    scheduler.submit(sequence(1, num_prompt=60))
+    for number in range(2, 2 + MOST_OVERTAKEN):
+        scheduler.submit(sequence(number, num_prompt=3, num_new=1))
+        step = scheduler.schedule()
+        assert [number for number, _, _ in lengths(step)] == [0, number]
+        answer(scheduler, step)
+        scheduler.finish(step.chunks[1].sequence)
+    scheduler.submit(sequence(99, num_prompt=3, num_new=1))
+    step = scheduler.schedule()
+    assert [number for number, _, _ in lengths(step)] == [0]
+    answer(scheduler, step)
+    scheduler.abort(0)
+    assert [number for number, _, _ in lengths(scheduler.schedule())] == [1, 99]
+
+
+def asked_again(num_prompt: int, reuse: bool = True, **changes) -> tuple[Scheduler, int]:
+    """A prompt that was computed before, with changes to its sequence; where its computation starts."""
+    scheduler = Scheduler(BlockPool(50, 4, reuse))
+    for number in range(2):
+        one = sequence(0, num_prompt=num_prompt)
+        for name, value in changes.items() if number else ():
+            setattr(one, name, value)
+        scheduler.submit(one)
+        step = scheduler.schedule()
+        answer(scheduler, step)
+        scheduler.abort(0)
+    return scheduler, step.chunks[0].start
+
+
+@pytest.mark.parametrize(("num_prompt", "start"), [(3, 0), (4, 0), (5, 4), (8, 4), (9, 8), (11, 8)])
+def test_full_blocks_are_computed_once_and_one_token_is_always_left(num_prompt, start):
+    scheduler, started = asked_again(num_prompt)
+    stats = scheduler.stats
+    assert started == start == stats.num_reused_tokens
+    assert stats.num_computed_tokens == 2 * num_prompt - start
+    assert (stats.num_used_blocks, stats.num_cached_blocks) == (0, num_prompt // 4)
+
+
+@pytest.mark.parametrize("changes", [{"reuse": False}, {"salt": "adapter"}, {"tokens": [7, *range(8)]}])
+def test_what_is_different_or_must_be_computed_is_not_reused(changes):
+    assert asked_again(9, **changes)[1] == 0
+
+
+def test_reuse_can_be_turned_off():
+    scheduler, start = asked_again(9, reuse=False)
+    assert start == 0 == scheduler.stats.num_cached_blocks
+    for number in range(2):  # nor is it shared while its owner lives
+        one = sequence(number)
+        one.tokens[:] = range(9)
+        scheduler.submit(one)
+        step = scheduler.schedule()
+        answer(scheduler, step)
+    assert lengths(step) == [(0, 9, 1), (1, 0, 9)] and scheduler.pool.num_used == 6
+
+
+def test_the_same_prompt_computed_twice_at_once_is_kept_once():
+    scheduler = Scheduler(BlockPool(50, 4))
+    for number in range(2):
+        one = sequence(number)
+        one.tokens[:] = range(9)
+        scheduler.submit(one)
+    answer(scheduler, scheduler.schedule())
+    first, second = scheduler.sequences
+    assert first.blocks[:2] == second.blocks[:2] and scheduler.pool.num_used == 4
 
 
 def test_a_sequence_in_flight_is_left_alone():
@@ -200,8 +267,8 @@ def test_without_a_cache_a_step_computes_whole_sequences_and_one_may_be_too_long
 @pytest.mark.parametrize(
     ("limits", "asked", "numbers"),
     [
-        ({"num_blocks": 5}, {"num_prompt": 9, "num_new": 12}, ("9 prompt tokens", "6 blocks of 4", "has 5")),
-        ({"num_blocks": 5}, {"num_prompt": 8, "num_new": 5, "n": 2}, ("2 sequences", "6 blocks")),
+        ({"num_blocks": 5}, {"num_prompt": 9, "num_new": 13}, ("9 prompt tokens", "6 blocks of 4", "has 5")),
+        ({"num_blocks": 7}, {"num_prompt": 8, "num_new": 6, "num_beams": 3}, ("3 beams", "8 blocks", "has 7")),
         ({"max_positions": 16}, {"num_prompt": 10, "num_new": 7}, ("together 17", "context is 16", "to 6 or less")),
         ({"max_sequences": 3}, {"n": 4}, ("4 sequences", "at most 3")),
         ({"max_batch_tokens": 3}, {"num_beams": 4}, ("4 beams", "takes 3 tokens")),

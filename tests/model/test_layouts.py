@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from tests.checkpoints import CASES, prompts
+from tests.model import pressure
 from tests.model.test_decoder import difference
-from tests.model.world import WAYS
+from tests.model.world import PRESSED, WAYS
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]  # at tp 4 two KV heads are held twice
 ROOT = Path(__file__).parents[2]
@@ -85,3 +86,13 @@ def test_sampled_tokens_do_not_depend_on_the_layout(case: str, tp: int, pp: int,
     ours, alone = (torch.load(cells / f"{case} {layout} tokens.pt")["sampled"] for layout in (f"{tp} {pp}", "1 1"))
     assert ours == alone
     assert ours != torch.load(cells / f"{case} 1 1 tokens.pt")["greedy"]
+
+
+@pytest.mark.parametrize("way", list(pressure.WAYS))
+@pytest.mark.parametrize(("name", "tp", "pp"), PRESSED)
+def test_scheduling_does_not_show_in_the_answers(name: str, tp: int, pp: int, way: str, cells: Path) -> None:
+    alone = torch.load(cells / f"{name} 1 1 pressure.pt")["one by one"]
+    answers, num_preemptions, num_reused = torch.load(cells / f"{name} {tp} {pp} pressure.pt")[way]
+    assert answers == alone and len(answers) == 8
+    assert (num_preemptions > 0) == (pressure.WAYS[way].spare is not None)
+    assert num_reused > 0 or not pressure.WAYS[way].reuse

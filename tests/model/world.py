@@ -12,6 +12,7 @@ import torch
 
 from mindgen.config import EngineConfig
 from mindgen.engine.request import Request, SamplingParams
+from mindgen.engine.runner import Runner
 from mindgen.model.decoder import Decoder
 from mindgen.parallel.launch import start_ranks
 from mindgen.parallel.topology import Topology
@@ -20,6 +21,7 @@ from mindgen.startup.opened import Opened
 from mindgen.startup.ready import make_engine, make_runner
 from mindgen.weights.huggingface import open_huggingface
 from tests.checkpoints import prompts
+from tests.model import pressure
 from tests.model.batches import whole_prompt
 
 CPU = torch.device("cpu")
@@ -29,6 +31,7 @@ WAYS = {
     "beams 2": SamplingParams(max_new_tokens=12, temperature=0.0, num_beams=2),
     "beams 4": SamplingParams(max_new_tokens=12, temperature=0.0, num_beams=4, length_penalty=1.5),
 }
+PRESSED = [("llama31", 1, 1), ("llama31", 2, 1), ("llama31", 1, 2), ("llama31", 2, 2), ("mistral", 1, 1)]
 
 
 def main() -> None:
@@ -61,6 +64,8 @@ def run_cell(folder: Path, world: World, out: Path) -> None:
         return
     engine = make_engine(Opened(config, source), runner)
     tokens = {name: generate(engine, params) for name, params in WAYS.items()}
+    if (folder.name, topology.tp, topology.pp) in PRESSED:
+        torch.save(under_pressure(runner, topology.pp), out / f"{folder.name} {topology.tp} {topology.pp} pressure.pt")
     engine.close()
     torch.save(tokens, out / f"{folder.name} {topology.tp} {topology.pp} tokens.pt")
 
@@ -71,6 +76,12 @@ def generate(engine: object, params: SamplingParams) -> list[list[int]]:
     for output in engine.run(requests):  # type: ignore[attr-defined]
         answers[output.request_id] += output.token_ids
     return answers
+
+
+def under_pressure(runner: Runner, num_stages: int) -> dict[str, object]:
+    """The answers one by one, and those of every way to run all requests together with what the scheduler did."""
+    together = {name: pressure.together(runner, num_stages, way) for name, way in pressure.WAYS.items()}
+    return {"one by one": pressure.one_by_one(runner, num_stages) if num_stages == 1 else None, **together}
 
 
 @torch.inference_mode()

@@ -1,0 +1,104 @@
+"""The block tables of sequences: how they grow, are shared, become known by content, and are found again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from hashlib import blake2b
+
+from mindgen.engine.blocks import BlockPool, content_key
+from mindgen.engine.request import Sequence
+
+
+class BlockTables:
+    """`sequence.blocks` of all sequences over one pool.
+
+    Without reuse in the pool the sequences of one request still share what they have in common, nobody else does.
+    """
+
+    def __init__(self, pool: BlockPool) -> None:
+        self.pool = pool
+
+    def num_missing(self, ends: list[tuple[Sequence, int]]) -> int:
+        """How many blocks must be available for each of these sequences to write up to its end."""
+        if len(ends) == 1:
+            return self._growth(*ends[0]) + self._writes_to_shared(ends[0][0])
+        return sum(self._growth(*pair) for pair in ends) + self._num_copies(sequence for sequence, _ in ends)
+
+    def grow(self, sequence: Sequence, end: int) -> list[tuple[int, int]]:
+        """Give a sequence blocks of its own to write up to `end`; the (source, destination) copies that this takes."""
+        copies = []
+        if self._writes_to_shared(sequence):
+            tail = sequence.num_computed // self.pool.block_size
+            shared, own = sequence.blocks[tail], self.pool.allocate()
+            self.pool.release([shared])
+            sequence.blocks[tail] = own
+            copies.append((shared, own))
+        for _ in range(self._growth(sequence, end)):
+            sequence.blocks.append(self.pool.allocate())
+        return copies
+
+    def take_known(self, sequence: Sequence) -> int:
+        """Start a sequence without blocks with the longest past that is known; how many tokens that spares.
+
+        One token at least is left to compute, for its logits are wanted.
+        """
+        for index in range(self._num_takeable(sequence)):
+            block = self.pool.find(self._key(sequence, index))
+            if block is None:
+                break
+            sequence.blocks.append(block)
+        sequence.num_computed = len(sequence.blocks) * self.pool.block_size
+        return sequence.num_computed
+
+    def num_in_use(self, sequence: Sequence) -> int:
+        """How many blocks of a sequence without blocks could be shared with those who own them now."""
+        most = self._num_takeable(sequence)
+        return next((index for index in range(most) if not self.pool.is_used(self._key(sequence, index))), most)
+
+    def publish(self, sequence: Sequence, start: int, end: int) -> None:
+        """The tokens from `start` to `end` are computed: the blocks that this filled may be found by others."""
+        size = self.pool.block_size
+        for index in range(start // size, end // size):
+            sequence.blocks[index] = self.pool.publish(sequence.blocks[index], self._key(sequence, index))
+
+    def share(self, parent: Sequence, child: Sequence) -> None:
+        """Give a fork its parent's blocks."""
+        child.blocks = self.pool.share(parent.blocks)
+
+    def release(self, sequence: Sequence) -> None:
+        """Take all blocks away. What comes last in a text is forgotten first, since it is of use to fewer."""
+        self.pool.release(reversed(sequence.blocks))
+        sequence.blocks = []
+
+    def _growth(self, sequence: Sequence, end: int) -> int:
+        growth = self.pool.blocks_for(end) - len(sequence.blocks)
+        return growth if growth > 0 else 0
+
+    def _writes_to_shared(self, sequence: Sequence) -> bool:
+        tail = sequence.num_computed // self.pool.block_size
+        return tail < len(sequence.blocks) and self.pool.is_shared(sequence.blocks[tail])
+
+    def _num_copies(self, sequences: Iterable[Sequence]) -> int:
+        """Of all who write to a shared block the last one alone in it needs no copy."""
+        tails = Counter(
+            sequence.blocks[sequence.num_computed // self.pool.block_size]
+            for sequence in sequences
+            if self._writes_to_shared(sequence)
+        )
+        return sum(min(count, self.pool.num_owners(block) - 1) for block, count in tails.items())
+
+    def _num_takeable(self, sequence: Sequence) -> int:
+        return (len(sequence.tokens) - 1) // self.pool.block_size if sequence.reuse else 0
+
+    def _key(self, sequence: Sequence, index: int) -> bytes:
+        """The key of one of its full blocks. Tokens are hashed once, when it is first asked for."""
+        size, keys = self.pool.block_size, sequence.keys
+        while len(keys) <= index:
+            before = keys[-1] if keys else self._root(sequence)
+            keys.append(content_key(before, sequence.tokens[len(keys) * size : (len(keys) + 1) * size]))
+        return keys[index]
+
+    def _root(self, sequence: Sequence) -> bytes:
+        owner = None if self.pool.reuse else sequence.request.id
+        return blake2b(repr((sequence.salt, owner)).encode(), digest_size=32).digest()

@@ -1,0 +1,62 @@
+"""Weights laid out once, at load, as the CPU's matrix kernels read them. The one place that calls torch's oneDNN ops.
+
+`F.linear` lays a weight out anew in every call, which costs more than half of the memory bandwidth at a few rows. The
+ops used here are private to torch, so a small case is tried first; where they are missing or differ from `F.linear`,
+weights stay as they are.
+
+O output features, I input features.
+"""
+
+from __future__ import annotations
+
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ROWS_EXPECTED = 8  # fp32 kernels differ in layout: that for one row is slow for more, this one serves both
+
+
+def packed(weight: Tensor) -> Tensor:
+    """A weight [O, I] in the layout of `linear`, or itself where it cannot be packed.
+
+    A packed tensor keeps shape, dtype and `numel`, and `to_dense` gives the numbers back, but it cannot be sliced.
+    """
+    if weight.device.type != "cpu" or not can_pack(weight.dtype):
+        return weight
+    return _pack(weight.contiguous())
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """[..., I] -> [..., O]: `inputs` times `weight` (packed or not), plus `bias` [O], plus `residual` [..., O]."""
+    if not weight.is_mkldnn:
+        outputs = F.linear(inputs, weight, bias)
+        return outputs if residual is None else outputs + residual
+    if residual is None:
+        return _multiply(inputs, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise.binary(inputs, residual, weight, bias, "add")
+
+
+@cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this torch on this CPU multiplies packed weights of `dtype` as `F.linear` multiplies plain ones."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight, bias, residual = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((3, 32), (48, 32), (48,), (3, 48))
+    )
+    close = partial(torch.allclose, rtol=4 * torch.finfo(dtype).eps, atol=32 * torch.finfo(dtype).eps)
+    try:
+        tight = _pack(weight)
+        alone, together = linear(inputs[:1], tight), linear(inputs, tight, bias, residual)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return False
+    return close(alone, F.linear(inputs[:1], weight)) and close(together, F.linear(inputs, weight, bias) + residual)
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_EXPECTED)
+
+
+def _multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(inputs, weight, bias, "none", [], "")

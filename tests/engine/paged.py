@@ -1,0 +1,180 @@
+"""Requests played through scheduler and pool without torch, and the same requests one by one without either.
+
+The memory holds tokens in place of keys and values. A next token is a function of all tokens before it, read through
+the block table, so a wrong block shows in the answer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from zlib import crc32
+
+from mindgen.engine.blocks import BlockPool
+from mindgen.engine.request import Request, SamplingParams, Sequence, Status
+from mindgen.engine.scheduler import Scheduler, Step
+
+VOCAB = 5  # small, so that different answers often have blocks in common
+Drawn = list[tuple[Sequence, list[int]]]  # of each chunk with rows, the context that its block table showed
+
+
+def next_token(context: list[int], number: int) -> int:
+    return crc32(bytes(context), number) % VOCAB
+
+
+def next_beams(contexts: list[list[int]], width: int) -> list[tuple[int, int]]:
+    """(parent, token) of every new beam; the parents change places, double and vanish."""
+    turn = sum(next_token(context, 77) for context in contexts)
+    parents = [(turn * (place + 1) + place // 2) % len(contexts) for place in range(width)]
+    return [(parent, next_token(contexts[parent], place)) for place, parent in enumerate(parents)]
+
+
+def alone(request: Request) -> list[tuple[int, ...]]:
+    """The answers of a request, without scheduler, blocks or neighbours."""
+    params, prompt = request.params, list(request.prompt)
+    count = max(params.n, params.num_beams)
+    answers = [prompt] if params.num_beams > 1 else [list(prompt) for _ in range(count)]
+    for _ in range(params.max_new_tokens):
+        if params.num_beams > 1:
+            answers = [[*answers[parent], token] for parent, token in next_beams(answers, count)]
+        else:
+            answers = [[*answer, next_token(answer, number)] for number, answer in enumerate(answers)]
+    return [tuple(answer[len(prompt) :]) for answer in answers]
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request, the turn at which it comes, and after how many turns it is aborted, if it is."""
+
+    request: Request
+    turn: int = 0
+    patience: int | None = None
+
+
+@dataclass
+class Play:
+    """Turns the wheel as the engine does, with up to `scheduler.num_stages` steps in flight."""
+
+    scheduler: Scheduler
+    memory: dict[int, tuple[int, int]] = field(default_factory=dict)  # slot: (position, token)
+    in_flight: deque[tuple[Step, Drawn]] = field(default_factory=deque)
+    answers: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)
+    aborted: set[int] = field(default_factory=set)
+    steps: list[Step] = field(default_factory=list)
+
+    def play(self, arrivals: Iterable[Arrival], most_turns: int = 3000) -> None:
+        """Until everything has ended and every block is available again."""
+        turn, waiting = 0, list(arrivals)
+        while waiting or self.scheduler.has_work or self.in_flight:
+            for arrival in [one for one in waiting if one.turn <= turn]:
+                self._arrive(arrival, turn, waiting)
+            self.turn()
+            self.check()
+            turn += 1
+            assert turn < most_turns, "a request never ends"
+        pool = self.scheduler.pool
+        assert pool and pool.num_used == 0 and pool.num_available == pool.num_blocks
+
+    def _arrive(self, arrival: Arrival, turn: int, waiting: list[Arrival]) -> None:
+        number = arrival.request.id
+        if number not in self.answers:
+            self.answers[number] = {}
+            self.scheduler.submit(Sequence.start(arrival.request, seed=0))
+        if arrival.patience is None or self._has_ended(number):
+            waiting.remove(arrival)
+        elif turn >= arrival.turn + arrival.patience:
+            waiting.remove(arrival)
+            self.aborted.add(number)
+            self.scheduler.abort(number)
+
+    def _has_ended(self, number: int) -> bool:
+        return all(sequence.request.id != number for sequence in self.scheduler.sequences)
+
+    def turn(self) -> None:
+        while len(self.in_flight) < self.scheduler.num_stages and (step := self.scheduler.schedule()):
+            self.steps.append(step)
+            self.in_flight.append((step, self._compute(step)))
+        assert self.in_flight or not self.scheduler.has_work, "there is work, but nothing can run"
+        if self.in_flight:
+            step, drawn = self.in_flight.popleft()
+            self.scheduler.commit(step)
+            self._answer([pair for pair in drawn if pair[0].status is Status.RUNNING])
+
+    def _compute(self, step: Step) -> Drawn:
+        size = self.scheduler.block_size
+        assert size
+        sources, targets = ({pair[end] for pair in step.copies} for end in (0, 1))
+        assert len(targets) == len(step.copies) and not sources & targets, "copies depend on their order"
+        for source, target in step.copies:
+            for offset in range(size):
+                self.memory.pop(target * size + offset, None)
+                if source * size + offset in self.memory:
+                    self.memory[target * size + offset] = self.memory[source * size + offset]
+        for chunk in step.chunks:
+            for position, token in zip(chunk.positions, chunk.tokens, strict=True):
+                self.memory[chunk.sequence.blocks[position // size] * size + position % size] = (position, token)
+        contexts = [(chunk.sequence, self._read(chunk.sequence, chunk.end), chunk.num_samples) for chunk in step.chunks]
+        return [(sequence, context) for sequence, context, count in contexts if count]
+
+    def _read(self, sequence: Sequence, end: int) -> list[int]:
+        size = self.scheduler.block_size or 1
+        slots = [sequence.blocks[position // size] * size + position % size for position in range(end)]
+        entries = [self.memory[slot] for slot in slots]
+        assert [position for position, _ in entries] == list(range(end)), "a slot holds another position"
+        return [token for _, token in entries]
+
+    def _answer(self, drawn: Drawn) -> None:
+        beams: dict[int, Drawn] = {}
+        for sequence, context in drawn:
+            if sequence.request.params.num_beams > 1:
+                beams.setdefault(sequence.request.id, []).append((sequence, context))
+                continue
+            for one in self.scheduler.split(sequence):
+                one.tokens.append(next_token(context, one.index))
+                if self._is_complete(one):
+                    self.scheduler.finish(one)
+        for number, pairs in beams.items():
+            self._answer_beams(number, pairs)
+
+    def _answer_beams(self, number: int, pairs: Drawn) -> None:
+        parents = [sequence for sequence, _ in pairs]
+        mine = [sequence for sequence in self.scheduler.sequences if sequence.request.id == number]
+        assert parents == mine, "beams did not share their step"
+        chosen = next_beams([context for _, context in pairs], parents[0].request.params.num_beams)
+        children = self.scheduler.replace([parents[parent] for parent, _ in chosen])
+        for child, (_, token) in zip(children, chosen, strict=True):
+            child.tokens.append(token)
+        if [child for child in children if self._is_complete(child)]:  # all are as long
+            self.scheduler.abort(number)
+
+    def _is_complete(self, sequence: Sequence) -> bool:
+        new = tuple(sequence.tokens[len(sequence.request.prompt) :])
+        if len(new) < sequence.request.params.max_new_tokens:
+            return False
+        self.answers[sequence.request.id][sequence.index] = new
+        return True
+
+    def check(self) -> None:
+        """Blocks add up, each has the owners that the tables say, and a table is as long as it must be."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        assert pool
+        owners = Counter(block for sequence in scheduler.sequences for block in sequence.blocks)
+        assert pool.num_free + pool.num_used + pool.num_cached == pool.num_blocks
+        assert pool.num_used == len(owners)
+        assert all(pool.num_owners(block) == count for block, count in owners.items())
+        assert pool.reuse or not pool.num_cached
+        for sequence in scheduler.sequences:
+            assert len(set(sequence.blocks)) == len(sequence.blocks) >= pool.blocks_for(sequence.num_computed)
+            assert sequence.num_computed < len(sequence.tokens)
+            assert len(sequence.blocks) <= pool.blocks_for(len(sequence.tokens))
+        flying = [chunk.sequence for step, _ in self.in_flight for chunk in step.chunks]
+        assert len(set(flying)) == len(flying) == sum(sequence.in_flight for sequence in scheduler.sequences)
+
+
+def make_play(num_blocks: int, block_size: int, reuse: bool = True, **limits: int) -> Play:
+    return Play(Scheduler(BlockPool(num_blocks, block_size, reuse), **limits))
+
+
+def ask(number: int, prompt: Iterable[int], num_new: int, **options: int) -> Request:
+    return Request(number, tuple(prompt), SamplingParams(max_new_tokens=num_new, temperature=1.0, **options))

@@ -1,0 +1,106 @@
+"""Too few blocks, common prompts, small chunks, aborts: every answer is the one that its request gets alone."""
+
+from __future__ import annotations
+
+from random import Random
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mindgen.engine.blocks import BlockPool
+from mindgen.engine.fits import most_blocks
+from mindgen.engine.request import Request
+from tests.engine.paged import VOCAB, Arrival, Play, alone, ask, make_play
+
+PREFIXES = tuple(tuple(Random(number).choices(range(VOCAB), k=30)) for number in range(2))
+
+
+@st.composite
+def arrivals(draw: st.DrawFn) -> list[Arrival]:
+    return [Arrival(draw(requests(number)), draw(st.integers(0, 20))) for number in range(draw(st.integers(1, 8)))]
+
+
+@st.composite
+def requests(draw: st.DrawFn, number: int) -> Request:
+    """Prompts begin alike, so that there is something to reuse."""
+    start = draw(st.sampled_from(PREFIXES))[: draw(st.integers(0, 30))]
+    prompt = (*start, *draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6)))
+    options = draw(st.sampled_from([{}, {}, {}, {"n": 2}, {"n": 4}, {"num_beams": 2}, {"num_beams": 4}]))
+    return ask(number, prompt, draw(st.integers(1, 40)), **options)
+
+
+limits = st.fixed_dictionaries(
+    {
+        "block_size": st.integers(1, 5),
+        "reuse": st.booleans(),
+        "max_batch_tokens": st.integers(1, 64) | st.integers(1, 4),
+        "num_stages": st.sampled_from([1, 2, 3]),
+        "max_sequences": st.sampled_from([4, 7, 256]),
+    }
+)
+
+
+def tight(asked: list[Arrival], spare: int, limits: dict) -> Play:
+    """A pool in which the largest request just fits, and `spare` blocks; at least so many tokens as there are beams."""
+    limits["max_batch_tokens"] = max([limits["max_batch_tokens"]] + [one.request.params.num_beams for one in asked])
+    size = limits["block_size"]
+    need = max(most_blocks(arrival.request, BlockPool(1, size)) for arrival in asked)
+    return make_play(need + spare, **limits)
+
+
+def check_answers(play: Play, asked: list[Arrival]) -> None:
+    for request in [arrival.request for arrival in asked]:
+        expected = dict(enumerate(alone(request)))
+        got = play.answers[request.id]
+        assert got == expected or (request.id in play.aborted and got.items() <= expected.items())
+
+
+def quietly(examples: int) -> settings:
+    return settings(
+        max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+
+
+def test_twenty_thousand_steps_under_pressure():
+    num_steps = num_preemptions = num_reused = 0
+
+    @quietly(330)
+    @given(arrivals(), st.integers(0, 12), limits)
+    def run(asked: list[Arrival], spare: int, limits: dict) -> None:
+        nonlocal num_steps, num_preemptions, num_reused
+        play = tight(asked, spare, limits)
+        play.play(asked)
+        check_answers(play, asked)
+        assert all(sum(chunk.length for chunk in step.chunks) <= limits["max_batch_tokens"] for step in play.steps)
+        stats = play.scheduler.stats
+        num_steps += len(play.steps)
+        num_preemptions += stats.num_preemptions
+        num_reused += stats.num_reused_tokens
+
+    run()
+    assert num_steps > 20_000, num_steps
+    assert num_preemptions > 500 and num_reused > 5_000, (num_preemptions, num_reused)
+
+
+@quietly(80)
+@given(arrivals(), st.lists(st.none() | st.integers(0, 25), min_size=8, max_size=8), st.integers(0, 8), limits)
+def test_an_abort_at_any_moment_returns_every_block(asked, patience, spare, limits):
+    asked = [Arrival(one.request, one.turn, wait) for one, wait in zip(asked, patience, strict=False)]
+    play = tight(asked, spare, limits)
+    play.play(asked)
+    check_answers(play, asked)
+
+
+def test_a_thousand_aborted_requests_leak_nothing():
+    play = make_play(24, 2, max_batch_tokens=16, num_stages=2)
+    random = Random(5)
+    asked = [
+        Arrival(
+            ask(number, random.choices(range(VOCAB), k=random.randint(1, 12)), 20, n=random.randint(1, 3)),
+            turn=number // 4,
+            patience=random.randint(0, 12),
+        )
+        for number in range(1000)
+    ]
+    play.play(asked)
+    assert len(play.aborted) == 1000 and not play.scheduler.sequences
