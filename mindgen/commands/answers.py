@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,9 @@ from mindgen.commands.job import Job
 from mindgen.commands.prompts import Prompt
 from mindgen.commands.tasks import Task
 from mindgen.engine.engine import Engine
-from mindgen.engine.request import Output
+from mindgen.llm.result import Sample as Answer
 
 _WIDTH = 46
-
-
-@dataclass
-class Answer:
-    """One sample of one prompt, as far as it has come."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    logprobs: list[Any] = field(default_factory=list)
-    message: str | None = None
-
-    def add(self, output: Output) -> None:
-        self.text += output.text
-        self.token_ids += output.token_ids
-        self.logprobs += output.logprobs or ()
-        self.finish_reason = output.finish_reason or self.finish_reason
-        self.message = output.message or self.message
 
 
 def answer(job: Job, task: Task, engine: Engine, first: bool) -> bool:
@@ -115,7 +96,7 @@ class _Printer:
 
 def _logprob_lines(sample: Answer) -> list[str]:
     lines = []
-    for entry in sample.logprobs:
+    for entry in sample.logprobs or ():
         others = " ".join(f"{token}:{logprob:.4f}" for token, logprob in entry.top)
         lines.append(f"token {entry.token_id} logprob {entry.logprob:.4f} {others}".rstrip())
     return lines

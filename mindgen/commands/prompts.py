@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mindgen.llm.questions import encode_prompt
+
 if TYPE_CHECKING:
     from mindgen.commands.options import GenerateConfig
     from mindgen.text.tokenizer import Tokenizer
@@ -49,15 +51,9 @@ def _tokenized(prompt: Prompt, tokenizer: Tokenizer | None, options: GenerateCon
     if prompt.text is None:
         return prompt
     assert tokenizer is not None, "a text prompt without tokenizer is refused earlier"
-    if options.hf_chat_template:
+    if options.hf_chat_template or options.prompt_type is not None:
         return Prompt(prompt.text, tuple(tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}])))
-    return Prompt(prompt.text, tuple(tokenizer.encode(prompt.text)) or _bare_start(tokenizer))
-
-
-def _bare_start(tokenizer: Tokenizer) -> tuple[int, ...]:
-    if tokenizer.bos_id is None:
-        raise ValueError("the prompt is empty, and this model has no BOS token to start from; give a prompt with text")
-    return (tokenizer.bos_id,)
+    return Prompt(prompt.text, encode_prompt(tokenizer, prompt.text))
 
 
 def _checked(prompt: Prompt, vocab_size: int) -> Prompt:

@@ -1,0 +1,140 @@
+"""What a caller gives, checked as a whole before anything of it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from operator import index
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mindgen.config import EngineConfig
+from mindgen.engine.request import Request, SamplingParams
+
+if TYPE_CHECKING:
+    from mindgen.startup.opened import Opened
+    from mindgen.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Prompts = Prompt | Sequence[Prompt]
+Params = SamplingParams | Sequence[SamplingParams] | None
+Conversation = Sequence[Mapping[str, Any]]  # messages with `role` and `content`
+_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt as it was given (None for token ids), its token ids, and what is asked of it."""
+
+    prompt: str | None
+    ids: tuple[int, ...]
+    params: SamplingParams
+
+    def request(self, number: int) -> Request:
+        return Request(number, self.ids, self.params)
+
+
+def make_config(model: str | Path | EngineConfig, options: Mapping[str, Any]) -> EngineConfig:
+    """The configuration with the options. TypeError for an option that does not exist, ValueError for a bad value."""
+    known = {field.name: field for field in fields(EngineConfig) if field.name != "model"}
+    for name, value in options.items():
+        if name not in known:
+            raise TypeError(f"LLM has no option {name!r}; it has {', '.join(known)}")
+        _check_option(name, value, str(known[name].type), known[name].metadata.get("choices"))
+    kept: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    if isinstance(model, EngineConfig):
+        return replace(model, **kept)
+    return EngineConfig(str(model), **kept)
+
+
+def _check_option(name: str, value: Any, annotation: str, choices: Sequence[str] | None) -> None:
+    """Compares with the field's annotation, such as `int | None`; sequences hold whole numbers."""
+    kind, _, optional = annotation.partition(" | ")
+    if value is None and optional:
+        return
+    if choices is not None and value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+    fits = isinstance(value, _KINDS.get(kind, (tuple, list))) and (kind == "bool" or not isinstance(value, bool))
+    if not fits or (kind not in _KINDS and not all(type(item) is int for item in value)):
+        raise ValueError(f"{name} is {value!r}; it must be of type {annotation}")
+
+
+def is_single(prompts: Prompts) -> bool:
+    """Whether it is one prompt: a text or token ids. An empty sequence is no prompt at all. ValueError for neither."""
+    _check_sequence(prompts, "a text, token ids, or a list of such prompts")
+    return isinstance(prompts, str) or (len(prompts) > 0 and hasattr(prompts[0], "__index__"))
+
+
+def is_conversation(messages: Conversation | Sequence[Conversation]) -> bool:
+    """Whether it is one conversation, and not several. ValueError for neither."""
+    _check_sequence(messages, "a list of messages, or a list of such conversations")
+    return len(messages) > 0 and isinstance(messages[0], Mapping)
+
+
+def _check_sequence(value: object, wanted: str) -> None:
+    if isinstance(value, bytes | Mapping) or not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
+        raise ValueError(f"{value!r} is of type {type(value).__name__}; give {wanted}")
+
+
+def make_questions(prompts: Sequence[Prompt], params: Params, model: Opened) -> list[Question]:
+    """One question for each prompt. ValueError names the prompt that is no good, by its number from 0."""
+    found = []
+    for number, (prompt, wanted) in enumerate(zip(prompts, _one_each(params, len(prompts)), strict=True)):
+        try:
+            found.append(_question(prompt, wanted, model))
+        except ValueError as error:
+            name = f"prompt {number}" if len(prompts) > 1 else "the prompt"
+            raise ValueError(f"{name}: {error}") from None
+    return found
+
+
+def _one_each(params: Params, count: int) -> Sequence[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(f"{len(params)} SamplingParams for {count} prompts; give one for each, or one for all")
+    return params
+
+
+def _question(prompt: Prompt, params: SamplingParams, model: Opened) -> Question:
+    if not isinstance(params, SamplingParams):
+        raise ValueError(f"{params!r} is not SamplingParams")
+    text: str | None = None
+    if isinstance(prompt, str):
+        text, ids = prompt, encode_prompt(model.tokenizer, prompt)
+    else:
+        ids = _token_ids(prompt, model.vocab_size)
+    room = model.max_positions - len(ids)
+    if room < 1:
+        raise ValueError(
+            f"it has {len(ids)} tokens, and the model has {model.max_positions} positions: "
+            "no room for an answer; shorten the prompt"
+        )
+    if params.max_new_tokens > room:
+        params = replace(params, max_new_tokens=room)
+    return Question(text, ids, params)
+
+
+def encode_prompt(tokenizer: Tokenizer | None, text: str) -> tuple[int, ...]:
+    """Token ids of a text; of an empty one the BOS token. ValueError without a tokenizer or a BOS token."""
+    if tokenizer is None:
+        raise ValueError("it is a text, and the model has no tokenizer; give token ids, or name a tokenizer")
+    ids = tuple(tokenizer.encode(text))
+    if ids:
+        return ids
+    if tokenizer.bos_id is None:
+        raise ValueError("the prompt is empty, and this model has no BOS token to start from; give a prompt with text")
+    return (tokenizer.bos_id,)
+
+
+def _token_ids(prompt: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    is_sequence = hasattr(prompt, "__iter__") and not isinstance(prompt, bytes | Mapping)
+    if not is_sequence or not all(hasattr(token, "__index__") for token in prompt):
+        raise ValueError(f"{prompt!r} is neither a text nor a sequence of token ids")
+    ids = tuple(index(token) for token in prompt)
+    if not ids:
+        raise ValueError("it is empty; a prompt needs a token, for example the BOS")
+    outside = [token for token in ids if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(f"it has token id {outside[0]}; the model's are 0 to {vocab_size - 1}")
+    return ids
