@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mindgen.commands import convert, generate
+from mindgen.commands import bench, convert, engine_test, generate, predict, run_generator
 from mindgen.weights.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +24,7 @@ def flag_table(parser: argparse.ArgumentParser) -> str:
     rows = ["| flag | value | what it does |", "|---|---|---|"]
     for action in parser._actions:
         if action.help and action.help != argparse.SUPPRESS and "--help" not in action.option_strings:
-            names = ", ".join(f"`{name}`" for name in action.option_strings)
+            names = ", ".join(f"`{name}`" for name in action.option_strings or [action.dest])
             value = " ".join(map(str, action.choices)) if action.choices else action.metavar or ""
             text = action.help.replace("%%", "%").replace("|", "\\|")
             rows.append(f"| {names} | {str(value).replace('|', ' ')} | {text} |")
@@ -40,6 +40,10 @@ def family_table() -> str:
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "generate flags": ("docs/commands.md", lambda: flag_table(generate.parser())),
+    "predict flags": ("docs/commands.md", lambda: flag_table(predict.parser())),
+    "run_generator flags": ("docs/commands.md", lambda: flag_table(run_generator.parser())),
+    "engine_test flags": ("docs/commands.md", lambda: flag_table(engine_test.parser())),
+    "bench flags": ("docs/commands.md", lambda: flag_table(bench.parser())),
     "convert flags": ("docs/commands.md", lambda: flag_table(convert.parser())),
     "families": ("docs/adding-a-model.md", family_table),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -21,20 +21,29 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; {self.prog} --help lists what there is")
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
-    """One flag for every field of a configuration, with the help and the names that the field states."""
+def add_flags(parser: argparse.ArgumentParser, config: type, leave_out: Collection[str] = ()) -> None:
+    """One flag for every field of a configuration but those left out, with the help and names that the field states."""
     group = parser.add_argument_group((config.__doc__ or config.__name__).split(". ")[0].rstrip("."))
     hints = get_type_hints(config)
-    for item in fields(config):
+    for item in (item for item in fields(config) if item.name not in leave_out):
         names = item.metadata.get("flags") or ("--" + item.name.replace("_", "-"),)
         group.add_argument(*names, dest=item.name, default=None, **_kind(item, hints[item.name]))
 
 
 def from_flags(config: type[Config], parsed: argparse.Namespace, **replaced: Any) -> Config:
-    """The configuration that a parsed command line states; `replaced` overrides single fields."""
-    values = {item.name: getattr(parsed, item.name) for item in fields(config)}  # type: ignore[arg-type]
+    """The configuration that a parsed command line states; `replaced` overrides single fields, flags or none."""
+    names = [item.name for item in fields(config) if item.name not in replaced]  # type: ignore[arg-type]
+    values = {name: getattr(parsed, name) for name in names}
     given = {name: value for name, value in values.items() if value is not None}
     return config(**given | replaced)
+
+
+def truth(text: str) -> bool:
+    """A switch that is given with a value, as scripts of PaddleNLP do: `--block_attn 1`, `--block_attn True`."""
+    known = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return known[text.lower()]
 
 
 def _default(item: Field[Any]) -> Any:
@@ -46,6 +55,8 @@ def _kind(item: Field[Any], hint: Any) -> dict[str, Any]:
     options: dict[str, Any] = {"help": _help(item)}
     options |= {name: item.metadata[name] for name in ("choices", "metavar") if name in item.metadata}
     hint = _without_none(hint)
+    if hint is bool and item.metadata.get("style") == "truth":
+        return options | {"nargs": "?", "const": True, "type": truth, "metavar": "True"}
     if hint is bool:
         return options | {"action": argparse.BooleanOptionalAction}
     if "choices" not in options:

@@ -1,0 +1,106 @@
+"""What a forward pass must read and compute, counted from rows and spec, and how fast a machine can do that at best.
+
+Counts are of all ranks together, padding and replicated KV heads included: each rank has its own share to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from mindgen.spec import ModelSpec
+from mindgen.weights.families import rows_of
+from mindgen.weights.rows import EMBEDDING, HEAD, Row, axis_sizes, local_sizes
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counts of one model.
+
+    weight_bytes: read by every step: all parameters but the embedding, of which a step reads a few rows; a tied
+    embedding counts as the head that it is too. cache_bytes: read for each token of context. linear_flops: of the
+    layers' matrices, for each token. head_flops: for each position whose logits are wanted. pair_flops: of attention,
+    for each pair of a query and a token that it sees. window: the farthest that a query sees, or None.
+    A multiplication and an addition are two FLOPs.
+    """
+
+    weight_bytes: int
+    cache_bytes: int
+    linear_flops: int
+    head_flops: int
+    pair_flops: int
+    window: int | None = None
+
+    def decode_step(self, batch_size: int, context: float) -> Cost:
+        """One step in which each of `batch_size` sequences computes one token that sees `context` tokens."""
+        seen = min(context, self.window or context)
+        flops = self.linear_flops + self.head_flops + self.pair_flops * seen
+        return Cost(self.weight_bytes + batch_size * seen * self.cache_bytes, batch_size * flops)
+
+    def prefill(self, batch_size: int, length: int) -> Cost:
+        """Prompts of `length` tokens and the first token of each, all in one step."""
+        seen = min(length, self.window or length)
+        pairs = seen * (seen + 1) // 2 + (length - seen) * seen
+        flops = length * self.linear_flops + self.head_flops + pairs * self.pair_flops
+        return Cost(self.weight_bytes, batch_size * flops)
+
+    def decode(self, batch_size: int, input_len: int, output_len: int) -> Cost:
+        """The steps after the first token: `output_len` - 1 of them, at growing context."""
+        steps = output_len - 1
+        return steps * self.decode_step(batch_size, input_len + output_len / 2)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that must be read and FLOPs that must be computed."""
+
+    num_bytes: float
+    flops: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.num_bytes + other.num_bytes, self.flops + other.flops)
+
+    def __rmul__(self, times: float) -> Cost:
+        return Cost(self.num_bytes * times, self.flops * times)
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs for each byte."""
+        return self.flops / self.num_bytes
+
+    def seconds(self, read_rate: float, matrix_rate: float) -> float:
+        """The shortest time on a machine that reads `read_rate` bytes and computes `matrix_rate` FLOPs a second."""
+        return max(self.num_bytes / read_rate, self.flops / matrix_rate)
+
+
+def count_work(spec: ModelSpec, itemsize: int, tp: int = 1) -> Work:
+    """The counts of a model over `tp` tensor ranks, weights and cache of `itemsize` bytes an element."""
+    sizes = local_sizes(spec, tp)
+    rows = rows_of(spec.family)
+    weights = sum(_count(row, sizes) * _times(row, spec) for row in rows if row.name != EMBEDDING)
+    linears = sum(_count(row, sizes) for row in rows if row.stage == "layer" and "|" in row.axes)
+    head = next(row for row in rows if row.name == HEAD)
+    heads = max(spec.num_kv_heads, tp)
+    return Work(
+        weight_bytes=tp * weights * itemsize,
+        cache_bytes=2 * spec.num_layers * heads * spec.head_dim * itemsize,
+        linear_flops=2 * tp * linears * spec.num_layers,
+        head_flops=2 * tp * _count(head, sizes),
+        pair_flops=4 * spec.num_layers * spec.num_heads * spec.head_dim,
+        window=spec.sliding_window,
+    )
+
+
+def count_parameters(spec: ModelSpec) -> int:
+    """Of the whole model, a tied head not counted again."""
+    sizes = axis_sizes(spec)
+    rows = [row for row in rows_of(spec.family) if not (spec.tie_embeddings and row.name == HEAD)]
+    return sum(_count(row, sizes) * _times(row, spec) for row in rows)
+
+
+def _count(row: Row, sizes: dict[str, int]) -> int:
+    return prod(row.stored_shape(sizes))
+
+
+def _times(row: Row, spec: ModelSpec) -> int:
+    return spec.num_layers if row.stage == "layer" else 1

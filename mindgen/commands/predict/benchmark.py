@@ -1,0 +1,90 @@
+"""`predict --benchmark`: PaddleNLP's throughput line, with the lengths really forced."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from mindgen.commands.latency import Percentiles, Timeline, run_timed, summarise
+from mindgen.commands.predict.options import PredictConfig
+from mindgen.engine.engine import Engine
+from mindgen.engine.request import Request
+from mindgen.text.tokenizer import Tokenizer
+
+_TEXT = "hello world, how are you?"  # PaddleNLP's
+
+
+def check_benchmark(options: PredictConfig, max_positions: int) -> None:
+    """Refuses lengths that the model cannot take. ValueError names them."""
+    wanted, most = options.src_length + options.max_length, options.total(max_positions)
+    if options.benchmark and wanted > most:
+        raise ValueError(
+            f"--benchmark needs --src_length {options.src_length} and --max_length {options.max_length} together, "
+            f"{wanted} tokens, but prompt and answer have {most}; lower one of them"
+        )
+
+
+def benchmark(options: PredictConfig, tokenizer: Tokenizer, vocab_size: int, engine: Engine) -> str:
+    """Runs the warm-up and then the timed batches, one after another; the report.
+
+    Every prompt has exactly src_length tokens and every answer exactly max_length: end-of-text tokens are ignored. No
+    two prompts begin alike, so that none profits from what the cache knows of another.
+    """
+    batches = [_batch(options, tokenizer, vocab_size, number) for number in range(_num_batches(options))]
+    for batch in batches[: options.benchmark_warmup]:
+        _run(engine, batch)
+    started = time.perf_counter()
+    timelines = [line for batch in batches[options.benchmark_warmup :] for line in _run(engine, batch)]
+    return report(options, timelines, time.perf_counter() - started)
+
+
+def report(options: PredictConfig, timelines: Sequence[Timeline], seconds: float) -> str:
+    """PaddleNLP's three lines, and what it does not measure: the time to the first token and between tokens.
+
+    seconds: for all timed batches. Raises ValueError if a prompt or an answer had another length than was forced.
+    """
+    found = summarise(timelines)
+    failed = [line for line in timelines if (line.num_prompt, line.num_new) != (options.src_length, options.max_length)]
+    if failed:
+        raise ValueError(
+            f"--benchmark: {len(failed)} of {len(timelines)} answers did not reach --max_length {options.max_length}: "
+            f"{', '.join(sorted({reason for line in failed for reason in line.reasons.values()}))}"
+        )
+    lines = [
+        f"Avg Elapse time is: {seconds / options.benchmark_repeats}",
+        f"Output tokens is: {found.num_new}",
+        f"Input length is: {options.src_length}, Output length is: {options.max_length}, bs is: {options.batch_size}, "
+        f"IPS: {found.num_new / seconds:.3f} tokens/s, QPS: {found.num_requests / seconds:.3f} requests/s.",
+        _milliseconds("Time to first token", found.first_token),
+    ]
+    return "\n".join([*lines, _milliseconds("Time between tokens", found.gap)] if found.gap.values else lines)
+
+
+def _num_batches(options: PredictConfig) -> int:
+    return options.benchmark_warmup + options.benchmark_repeats
+
+
+def _batch(options: PredictConfig, tokenizer: Tokenizer, vocab_size: int, number: int) -> list[Request]:
+    text = tokenizer.encode(_TEXT, add_special_tokens=False)
+    params = options.params(options.max_length, forced=True)
+    first = number * options.batch_size
+    return [
+        Request(index, _prompt(text, index, vocab_size, options.src_length), params)
+        for index in range(first, first + options.batch_size)
+    ]
+
+
+def _prompt(text: list[int], index: int, vocab_size: int, length: int) -> tuple[int, ...]:
+    """The text over and over, behind its number, written in tokens."""
+    number = (index % vocab_size, index // vocab_size % vocab_size)
+    repeated = text * (length // len(text) + 1)
+    return (*number, *repeated)[:length]
+
+
+def _run(engine: Engine, batch: list[Request]) -> list[Timeline]:
+    return run_timed(engine, [(0.0, request) for request in batch])
+
+
+def _milliseconds(title: str, values: Percentiles) -> str:
+    p50, p90, p99 = (1000 * value for value in (values.p50, values.p90, values.p99))
+    return f"{title}: p50 {p50:.2f} ms, p90 {p90:.2f} ms, p99 {p99:.2f} ms"

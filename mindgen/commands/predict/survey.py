@@ -1,0 +1,102 @@
+"""A first look at all of `predict`'s input, before anything is computed or written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from mindgen.commands.predict.data import BadLine
+from mindgen.commands.predict.options import PredictConfig
+from mindgen.commands.predict.prompts import Prompt, Prompter
+
+_MOST_SHOWN = 10
+
+
+@dataclass
+class Survey:
+    """What the input holds. num_done: lines that the output file holds already. largest: the prompt that may need the
+    most room, its answer included. bad: the first of the lines that cannot be used."""
+
+    num_lines: int = 0
+    num_done: int = 0
+    num_cut: int = 0
+    num_bad: int = 0
+    largest: Prompt | None = None
+    bad: list[BadLine] = field(default_factory=list)
+    unused: dict[str, None] = field(default_factory=dict)
+
+    def add(self, prompt: Prompt) -> None:
+        self.num_lines += 1
+        self.num_cut += bool(prompt.num_cut)
+        self.unused |= dict.fromkeys(prompt.line.unused)
+        if self.largest is None or _size(prompt) > _size(self.largest):
+            self.largest = prompt
+
+    def add_bad(self, line: BadLine) -> None:
+        self.num_bad += 1
+        if len(self.bad) < _MOST_SHOWN:
+            self.bad.append(line)
+
+    def notes(self, options: PredictConfig) -> list[str]:
+        """Lines for the user on what is unusual."""
+        notes = []
+        if self.num_bad:
+            notes.append(f"--skip_bad_lines: left out: {self.num_bad}\n{_listing(self)}")
+        if self.num_cut:
+            notes.append(f"prompts longer than --src_length, which lose their beginning: {self.num_cut}")
+        if self.unused:
+            notes.append(f"not used, in some lines: {', '.join(list(self.unused)[:_MOST_SHOWN])}")
+        if self.num_done:
+            notes.append(f"--resume: {self.num_done} of {self.num_lines} lines are in {options.output_file} already")
+        return notes
+
+
+def survey(prompter: Prompter, done: Iterator[dict[str, Any]]) -> Survey:
+    """Reads the whole input, beside what an interrupted run has written.
+
+    Raises ValueError for bad lines that are not to be skipped, and for output of another input.
+    """
+    found, options = Survey(), prompter.options
+    for prompt in prompter.prompts():
+        if isinstance(prompt, BadLine):
+            found.add_bad(prompt)
+            continue
+        found.add(prompt)
+        record = next(done, None)
+        if record is not None:
+            _check_same(prompt, record, found.num_lines, options)
+            found.num_done += 1
+    if found.num_bad and not options.skip_bad_lines:
+        raise ValueError(
+            f"lines of {options.data_file} that cannot be used: {found.num_bad}; mend them, or leave them out with "
+            f"--skip_bad_lines\n{_listing(found)}"
+        )
+    if next(done, None) is not None:
+        raise ValueError(
+            f"--output_file {options.output_file} holds more lines than {options.data_file} has; {_OTHER_RUN}"
+        )
+    if not found.num_lines:
+        raise ValueError(f"--data_file {options.data_file} holds nothing to answer")
+    return found
+
+
+_OTHER_RUN = "it is of another input; name another output file, or begin it anew with --overwrite"
+
+
+def _check_same(prompt: Prompt, record: dict[str, Any], number: int, options: PredictConfig) -> None:
+    if (record["src"], record["tgt"]) != (prompt.line.src, prompt.line.tgt):
+        raise ValueError(
+            f"line {number} of --output_file {options.output_file} does not belong to line {prompt.line.number} of "
+            f"{options.data_file or 'the built-in prompt'}; {_OTHER_RUN}"
+        )
+
+
+def _size(prompt: Prompt) -> int:
+    return len(prompt.ids) + prompt.num_new
+
+
+def _listing(found: Survey) -> str:
+    lines = [f"line {bad.number} {bad.reason}" for bad in found.bad]
+    more = found.num_bad - len(found.bad)
+    return "\n".join([*lines, f"and {more} more"] if more else lines)
