@@ -73,6 +73,8 @@ def _with_prompts(job: Job) -> Job:
         task.params(options, 1)  # also for chat, whose prompts are not known yet
         if task.chat and model.tokenizer is None:
             raise ValueError("--task chat needs a tokenizer; name one with --tokenizer-name-or-path")
+        if task.chat and model.tokenizer is not None:
+            model.tokenizer.require_chat_template()
     _check_output(options.output_file)
     _check_comparison(job)
     return job
@@ -85,6 +87,7 @@ def _tokenizer_choice(options: GenerateConfig) -> TokenizerChoice:
         options.tokenizer_model,
         not options.tokenizer_not_use_fast,
         options.add_eos_token,
+        options.prompt_type,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mindgen.commands.tasks import TASKS, find_tasks
 from mindgen.config import option
+from mindgen.text.prompt_types import PROMPT_TYPES, prompt_type
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class GenerateConfig:
     prompt_ids: tuple[str, ...] = option((), "a prompt as token ids: 1,5,7; may be repeated", style="repeat")
     prompt_file: str | None = option(None, "prompts, one a line or JSON lines with `prompt`; - is standard input")
     hf_chat_template: bool = option(False, "put each prompt into the tokenizer's chat template")
+    prompt_type: str | None = option(None, f"put each prompt into the layout of this name: {', '.join(PROMPT_TYPES)}")
     max_new_tokens: int = option(128, "the most tokens to generate for a prompt")
     max_length: int | None = option(None, "the most tokens of prompt and answer together; the smaller limit wins")
     temperature: float = option(1.0, "divides the logits when sampling; 0 is greedy")
@@ -42,6 +44,10 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         find_tasks(self.task)
+        if self.prompt_type is not None:
+            prompt_type(self.prompt_type)
+            if self.hf_chat_template:
+                raise ValueError("--prompt-type and --hf-chat-template are two layouts of one prompt; leave one out")
         if self.compare_hf is not None and any("sampling" in task.name or task.chat for task in find_tasks(self.task)):
             raise ValueError(
                 "--compare-hf compares greedy_search and beam_search only; a sample has no one right answer"

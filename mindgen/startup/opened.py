@@ -21,13 +21,15 @@ _SAMPLING_DEFAULTS = ("do_sample", "temperature", "top_p", "top_k", "repetition_
 @dataclass(frozen=True)
 class TokenizerChoice:
     """Which tokenizer: `folder` instead of the model's own, or a SentencePiece file `model`; `kind` as load_tokenizer
-    has it. end_tokens: strings or ids that end a text beside the model's own."""
+    has it. end_tokens: strings or ids that end a text beside the model's own. prompt_type: a layout of conversations
+    instead of the tokenizer's template."""
 
     folder: str | None = None
     kind: str = "PretrainedFromHF"
     model: str | None = None
     use_fast: bool = True
     end_tokens: tuple[str, ...] = ()
+    prompt_type: str | None = None
 
     @property
     def is_named(self) -> bool:
@@ -98,7 +100,8 @@ def _load_tokenizer(source: Source, choice: TokenizerChoice, needed: bool) -> To
     folder = next((folder for folder in folders if TokenizerFolder(folder).has_vocabulary), folders[0])
     if not (needed or choice.is_named) and not TokenizerFolder(folder).has_vocabulary:
         return None
-    return load_tokenizer(choice.folder or folder, choice.kind, choice.model, use_fast=choice.use_fast)
+    loaded = load_tokenizer(choice.folder or folder, choice.kind, choice.model, use_fast=choice.use_fast)
+    return loaded if choice.prompt_type is None else loaded.with_prompt_type(choice.prompt_type)
 
 
 def _generation_config(source: Source) -> dict[str, Any]:

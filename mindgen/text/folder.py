@@ -10,13 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-# One of these is the vocabulary; transformers can make a tokenizer from each.
+# One of these is the vocabulary.
 VOCABULARY_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "vocab.json",
     "vocab.txt",
     "tiktoken.model",
+    "qwen.tiktoken",
     "spiece.model",
     "sentencepiece.bpe.model",
     "tekken.json",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mindgen.text.families import unread_class
 from mindgen.text.folder import (
     MAX_CONFIG_BYTES,
     MAX_VOCABULARY_BYTES,
@@ -53,9 +54,8 @@ def _auto_tokenizer(folder: TokenizerFolder, use_fast: bool) -> Any:
     except BaseException as error:
         if not is_library_failure(error):
             raise
-        raise ValueError(
-            f"transformers cannot read the tokenizer in {folder.path}: {type(error).__name__}: {str(error)[:500]}"
-        ) from error
+        reason = unread_class(folder) or f"{type(error).__name__}: {str(error)[:500]}"
+        raise ValueError(f"transformers cannot read the tokenizer in {folder.path}: {reason}") from error
 
 
 class TransformersVocabulary:

@@ -14,6 +14,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
+from mindgen.text.families import Family, stated_family
 from mindgen.text.folder import MAX_CONFIG_BYTES, MAX_VOCABULARY_BYTES, TokenizerFolder, read_bytes, read_json
 from mindgen.text.tokenizer import LoadedTokenizer
 
@@ -32,22 +33,46 @@ def load_sentencepiece(path: Path, add_bos: bool) -> LoadedTokenizer:
     config = folder.tokenizer_config
     model = PieceModel(read_bytes(path, MAX_VOCABULARY_BYTES), str(path))
     special_tokens = _special_tokens(model.processor, config)
-    added = {token.content: token for token in _added_tokens(folder, model.processor, set(special_tokens.values()))}
-    vocabulary = PieceVocabulary(model, added, bool(config.get("legacy")))
+    family = stated_family(folder)
+    tokens = _added_tokens(folder, model.processor, set(special_tokens.values()))
+    tokens += _family_tokens(family, model.processor.get_piece_size())
+    # The classes that are code beside a model hand every part of a text between special tokens to SentencePiece anew.
+    everywhere = bool(config.get("legacy")) if family is None else True
+    added = {token.content: token for token in tokens}
+    vocabulary = PieceVocabulary(model, added, everywhere)
     vocabulary.prefix = _stated_id(vocabulary, special_tokens, "bos_token", config.get("add_bos_token", add_bos))
     vocabulary.suffix = _stated_id(vocabulary, special_tokens, "eos_token", config.get("add_eos_token", False))
-    return LoadedTokenizer(vocabulary, str(path), special_tokens, folder.chat_templates)
+    if family is None:
+        return LoadedTokenizer(vocabulary, str(path), special_tokens, folder.chat_templates)
+    if family.prefix:
+        vocabulary.prefix = [added[token].id for token in family.prefix]
+    return LoadedTokenizer(
+        vocabulary, str(path), special_tokens, folder.chat_templates, family.ends, family.prompt_types
+    )
+
+
+def _family_tokens(family: Family | None, first_id: int) -> list[AddedToken]:
+    if family is None:
+        return []
+    return [
+        AddedToken(token, first_id + number, special=True, after="[gMASK]" if token in family.words else "")
+        for number, token in enumerate(family.special)
+    ]
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is cut out of the text before SentencePiece sees it; `strip_*` eats the spaces beside it."""
+    """A token that is cut out of the text before SentencePiece sees it; `strip_*` eats the spaces beside it.
+
+    after: what must stand directly before it in the text, for tokens that look like a word.
+    """
 
     content: str
     id: int
     special: bool
     strip_left: bool = False
     strip_right: bool = False
+    after: str = ""
 
 
 class PieceModel:
@@ -142,7 +167,8 @@ class PieceVocabulary:
 def _pattern(token: AddedToken) -> str:
     """Matches the token with the spaces that it eats; its one group is the token alone."""
     before, after = (r"\s*" if strips else "" for strips in (token.strip_left, token.strip_right))
-    return f"{before}({re.escape(token.content)}){after}"
+    condition = f"(?<={re.escape(token.after)})" if token.after else ""
+    return f"{before}{condition}({re.escape(token.content)}){after}"
 
 
 def _is_special(processor: SentencePieceProcessor, token: int) -> bool:

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from mindgen.text.stream import MAX_HELD, Detokenizer, StopMatcher
 from mindgen.text.tokenizer import LoadedTokenizer, load_tokenizer
+from tests.text import families
 from tests.text.conftest import SAME_EVERY_TIME
 from tests.text.folders import sentencepiece_bytes
 
 EMOJI = "ok 😀👩‍👩‍👧 你好, wörld"
 
-WAYS = ("llama2", "llama2_json", "llama2_older", "llama3", "qwen2", "pieces", "pieces_default")
+WAYS = ("llama2", "llama2_json", "llama2_older", "llama3", "qwen2", "pieces", "pieces_default", "chatglm", "ranks")
 
 thorough = settings(SAME_EVERY_TIME, max_examples=150)
 
@@ -27,12 +28,15 @@ thorough = settings(SAME_EVERY_TIME, max_examples=150)
 def tokenizers(
     tokenizer_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, LoadedTokenizer]:
-    """Every way to decode; the `pieces` ones read SentencePiece, the last one strips spaces at the beginning."""
+    """Every way to decode; the `pieces` ones read SentencePiece, `pieces_default` strips spaces at the beginning."""
     loaded = {name: load_tokenizer(tokenizer_folders[name]) for name in WAYS[:5]}
     default = tmp_path_factory.mktemp("default") / "tokenizer.model"
     default.write_bytes(sentencepiece_bytes(normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True))
     loaded["pieces"] = load_tokenizer(tokenizer_folders["llama2"], "SentencePiece")
     loaded["pieces_default"] = load_tokenizer(default.parent, "SentencePiece")
+    root = tmp_path_factory.mktemp("families")
+    loaded["chatglm"] = load_tokenizer(families.chatglm(root / "chatglm"))
+    loaded["ranks"] = load_tokenizer(families.glm4(root / "glm4"))
     return loaded
 
 
