@@ -60,6 +60,13 @@ def _family_tokens(family: Family | None, first_id: int) -> list[AddedToken]:
     ]
 
 
+def puts_space_first(path: Path) -> bool:
+    """Whether the model reads `a` as ` a` at the beginning of a text. ValueError for a file that is no model."""
+    processor = PieceModel(read_bytes(path, MAX_VOCABULARY_BYTES), str(path)).processor
+    pieces: list[str] = processor.encode("a", out_type=str)
+    return "".join(pieces).startswith("▁")
+
+
 @dataclass(frozen=True)
 class AddedToken:
     """A token that is cut out of the text before SentencePiece sees it; `strip_*` eats the spaces beside it.

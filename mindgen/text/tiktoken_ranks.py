@@ -95,7 +95,6 @@ def _merges(ranks: dict[bytes, int], written: dict[bytes, str]) -> list[tuple[st
     merges: list[tuple[str, str]] = []
     for token in sorted(ranks, key=ranks.__getitem__):
         cuts = [cut for cut in range(1, len(token)) if token[:cut] in ranks and token[cut:] in ranks]
-        cuts.sort(key=lambda cut: (ranks[token[:cut]], ranks[token[cut:]]))
         text = written[token]
         merges += [(text[:cut], text[cut:]) for cut in cuts]
     return merges

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mindgen.text.chat_template import ChatTemplate, Message
-from mindgen.text.families import TYPES_OF_MODELS, family_of
+from mindgen.text.families import TYPES_OF_MODELS, family_of, stated_classes
 from mindgen.text.folder import TokenizerFolder, find_folder, missing_vocabulary
 from mindgen.text.prompt_types import PromptType, prompt_type
 from mindgen.text.unicode import require_utf8
@@ -210,9 +210,25 @@ def _load_hugging_face(folder: TokenizerFolder, use_fast: bool) -> LoadedTokeniz
         plain = load_plain_tokenizer_json(folder)
         if plain is not None:
             return plain
+        exact = _load_without_space(folder)
+        if exact is not None:
+            return exact
     from mindgen.text.huggingface import load_with_transformers
 
     return load_with_transformers(folder, use_fast)
+
+
+def _load_without_space(folder: TokenizerFolder) -> LoadedTokenizer | None:
+    """The tokenizer of a `tokenizer.model` that puts no space before a text, as Yi's; None for all others.
+
+    The LlamaTokenizer of transformers puts one there whatever the file says.
+    """
+    if not folder.has("tokenizer.model") or "LlamaTokenizer" not in stated_classes(folder):
+        return None
+    from mindgen.text.sentencepiece_model import load_sentencepiece, puts_space_first
+
+    path = folder.path / "tokenizer.model"
+    return None if puts_space_first(path) else load_sentencepiece(path, add_bos=True)
 
 
 def _folder_of(model_file: Path) -> TokenizerFolder:

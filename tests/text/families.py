@@ -91,4 +91,39 @@ def internlm2(folder: Path) -> Path:
     return _config(folder, "InternLM2Tokenizer", "tokenization_internlm2", "internlm2", **settings)
 
 
+def _plain(folder: Path, model: bytes, model_type: str, **config: Any) -> Path:
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(model)
+    write_json(folder / "tokenizer_config.json", {"unk_token": "<unk>", **config})
+    write_json(folder / "config.json", {"model_type": model_type})
+    return folder
+
+
+def yi(folder: Path, **config: Any) -> Path:
+    """A class that transformers has, around a model that puts no space before a text."""
+    bos, eos = "<|startoftext|>", "<|endoftext|>"
+    roles = ["<|im_start|>", "<|im_end|>"]
+    model = sentencepiece_bytes(
+        user_defined_symbols=roles, bos_piece=bos, eos_piece=eos, add_dummy_prefix=False, vocab_size=620
+    )
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": bos, "eos_token": eos}
+    return _plain(folder, model, "llama", **{**settings, **config})
+
+
+def gemma(folder: Path) -> Path:
+    ids = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3}
+    pieces = {"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>"}
+    turns = ["<start_of_turn>", "<end_of_turn>"]
+    model = sentencepiece_bytes(user_defined_symbols=turns, add_dummy_prefix=False, **ids, **pieces)
+    settings = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "add_bos_token": True}
+    return _plain(folder, model, "gemma", tokenizer_class="GemmaTokenizer", **settings)
+
+
+def codellama(folder: Path) -> Path:
+    parts = {"prefix_token": "▁<PRE>", "suffix_token": "▁<SUF>", "middle_token": "▁<MID>", "eot_token": "▁<EOT>"}
+    model = sentencepiece_bytes(user_defined_symbols=list(parts.values()))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "CodeLlamaTokenizer", **parts}
+    return _plain(folder, model, "llama", **settings)
+
+
 WRITERS = {"qwen1": qwen1, "glm4": glm4, "chatglm": chatglm, "baichuan": baichuan, "internlm2": internlm2}

@@ -117,6 +117,42 @@ def test_the_sentencepiece_type_reads_the_same_tokens(folders: dict[str, Path], 
     assert named.encode("<|user|>Hello you") == load_once(folders[name]).encode("<|user|>Hello you")
 
 
+@pytest.mark.parametrize("stated", [None, True, False])
+def test_yi_reads_its_file_without_a_space_before_the_text(tmp_path: Path, stated: bool | None) -> None:
+    """transformers would put one: its LlamaTokenizer does not ask the file."""
+    folder = families.yi(tmp_path / "yi", **({} if stated is None else {"add_bos_token": stated}))
+    judge, tokenizer = pieces_of(folder), load_tokenizer(folder)
+    for text in TEXTS:
+        ids = judge.encode(text) if stated is False else [judge.bos_id(), *judge.encode(text)]
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == judge.decode(ids)
+    start, end = ids_of(tokenizer, ["<|im_start|>", "<|im_end|>"])
+    said = tokenizer.with_prompt_type("chatml").apply_chat_template([{"role": "user", "content": "hi"}])
+    expected = [start, *judge.encode("user\nhi"), end, *judge.encode("\n"), start, *judge.encode("assistant\n")]
+    assert said == expected
+
+
+@pytest.mark.parametrize("name", ["gemma", "codellama"])
+@pytest.mark.parametrize("text", ["Hello world", "naïve 你好 😀", "def f():\n\treturn  1"])
+def test_files_whose_class_transformers_has_are_read_as_they_are(tmp_path: Path, name: str, text: str) -> None:
+    folder = {"gemma": families.gemma, "codellama": families.codellama}[name](tmp_path / name)
+    judge, tokenizer = pieces_of(folder), load_tokenizer(folder)
+    assert tokenizer.encode(text) == [judge.bos_id(), *judge.encode(text)]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (judge.bos_id(), judge.eos_id())
+
+
+def test_gemma_ends_a_turn_with_its_own_token(tmp_path: Path) -> None:
+    plain = load_tokenizer(families.gemma(tmp_path / "gemma"))
+    with pytest.raises(ValueError, match=r"--prompt-type \(here gemma\)"):
+        plain.require_chat_template()
+    tokenizer = plain.with_prompt_type("gemma")
+    start, end = ids_of(tokenizer, ["<start_of_turn>", "<end_of_turn>"])
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+    assert (ids[0], ids[1], ids.count(start), ids.count(end)) == (tokenizer.bos_id, start, 2, 1)
+    assert end_of_text_ids(tokenizer, None, []) == (tokenizer.eos_id, end)
+
+
 # --- rank files ---
 
 
@@ -157,6 +193,19 @@ def test_qwen_1_normalises_its_text_and_glm_4_does_not(folders: dict[str, Path])
     qwen, glm = load_once(folders["qwen1"]), load_once(folders["glm4"])
     assert qwen.encode("e\u0301") == qwen.encode("é") and qwen.decode(qwen.encode("e\u0301")) == "é"
     assert glm.encode("e\u0301") != glm.encode("é") and glm.decode(glm.encode("e\u0301")) == "e\u0301"
+
+
+def test_qwen_1_looks_for_special_tokens_after_it_normalised(folders: dict[str, Path]) -> None:
+    text = "<|im_end|>\u0338"  # its last two characters become one
+    assert load_once(folders["qwen1"]).decode(load_once(folders["qwen1"]).encode(text)) == "<|im_end|\u226f"
+
+
+def test_a_token_that_no_pair_joins_to_is_found_where_it_is_a_whole_word(tmp_path: Path) -> None:
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"xyz": 256}
+    families.write_ranks(tmp_path / "qwen.tiktoken", ranks)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("xyz") == [256]
+    assert tokenizer.encode("xyzx") == list(b"xyzx")
 
 
 def test_digits_are_cut_as_the_classes_cut_them(folders: dict[str, Path]) -> None:
