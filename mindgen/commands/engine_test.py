@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
+from math import isnan
 from pathlib import Path
 
 from mindgen.commands.flags import Parser, add_flags, from_flags
@@ -133,7 +134,9 @@ def _writable(path: Path, dataset: Path) -> Path:
     """Refuses a file that could not be put in its place at the end, and the one that is read."""
     if path.resolve() == dataset.resolve():
         raise ValueError(f"--record_output {path} is the file of the requests; name another one")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.exists() and not path.is_file():
+        raise ValueError(f"--record_output {path} is not a regular file, and would be replaced; name another one")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"--record_output {path} cannot be written; name a file in a folder that is there")
     return path
 
@@ -151,7 +154,12 @@ def _serve(job: EngineTestJob, engine: Engine) -> int:
             failures.append(f"mindgen: request {output.request_id}: {output.message}")
 
     arrivals = [(0.0, request) for request in job.requests]
-    timelines = run_timed(engine, arrivals, listen=listen, most_at_once=job.options.max_batch_size)
+    try:
+        timelines = run_timed(engine, arrivals, listen=listen, most_at_once=job.options.max_batch_size)
+    except KeyboardInterrupt:
+        if job.record is not None:
+            print(f"mindgen: interrupted; nothing was written to {job.record}", file=sys.stderr)
+        raise
     for line in failures:
         print(line, file=sys.stderr)
     if job.record is not None:
@@ -173,22 +181,28 @@ def _warm_up(job: EngineTestJob, engine: Engine) -> None:
 
 
 def write_token_file(path: Path, rows: Iterable[Iterable[int]]) -> None:
-    """Writes a line of token ids for each row, ended by CRLF; the file appears whole. ValueError if it cannot."""
+    """Writes a line of token ids for each row, ended by CRLF. ValueError if it cannot.
+
+    The file appears whole, with the permissions of the one that it replaces, or those of any new file.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with beside.open("x", newline="") as file:
             try:
+                if path.exists():
+                    os.chmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
                 file.writelines(",".join(map(str, row)) + "\r\n" for row in rows)
                 file.close()
-                os.replace(file.name, path)
+                beside.replace(path)
             except BaseException:
-                os.unlink(file.name)
+                beside.unlink()
                 raise
     except OSError as error:
         raise ValueError(f"--record_output {path} cannot be written: {error.strerror}") from None
 
 
 def figures(timelines: list[Timeline], model: Opened) -> dict[str, str]:
-    """MindIE's figures by its names, in its order. Milliseconds where nothing else is said."""
+    """MindIE's figures by its names, in its order. Milliseconds where nothing else is said, `-` where none came."""
     summary, count = summarise(timelines), len(timelines)
     last = Percentiles.of(line.gaps[-1] for line in timelines if line.gaps)
     first = summary.first_token
@@ -222,4 +236,4 @@ def figures(timelines: list[Timeline], model: Opened) -> dict[str, str]:
 
 
 def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.4f} ms"
+    return "-" if isnan(seconds) else f"{1000 * seconds:.4f} ms"

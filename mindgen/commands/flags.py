@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -36,6 +37,18 @@ def from_flags(config: type[Config], parsed: argparse.Namespace, **replaced: Any
     values = {name: getattr(parsed, name) for name in names}
     given = {name: value for name, value in values.items() if value is not None}
     return config(**given | replaced)
+
+
+@contextmanager
+def by_flags(flags: Mapping[str, str]) -> Iterator[None]:
+    """Within it, a ValueError on an option (`top_k is -1; ...`) calls that by its flag: --top_k, or as `flags` says."""
+    try:
+        yield
+    except ValueError as error:
+        name, verb, rest = str(error).partition(" is ")
+        if not (verb and name.isidentifier()):
+            raise
+        raise ValueError(f"{flags.get(name, f'--{name}')}{verb}{rest}") from None
 
 
 def truth(text: str) -> bool:

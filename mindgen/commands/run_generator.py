@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field, replace
+from math import isnan
 
 from mindgen.commands.flags import Parser, add_flags, from_flags
 from mindgen.commands.latency import Timeline, most_together, run_timed, summarise
@@ -172,7 +173,8 @@ def _print_logprobs(place: str, answer: Sample) -> None:
 
 
 def _table(timelines: list[Timeline]) -> str:
-    """What the run cost, as a Markdown table of one row; lengths and times are means over the requests."""
+    """What the run cost, as a Markdown table of one row; lengths and times are means over the requests, and `-` where
+    nothing is known: tokens that came all together have no time between them."""
     summary, count = summarise(timelines), len(timelines)
     values = (
         count,
@@ -184,7 +186,7 @@ def _table(timelines: list[Timeline]) -> str:
         1000 * summary.seconds,
         summary.tokens_per_second,
     )
-    cells = [f"{value:.2f}".removesuffix(".00") for value in values]
+    cells = ["-" if isnan(value) else f"{value:.2f}".removesuffix(".00") for value in values]
     widths = [max(len(heading), len(cell)) for heading, cell in zip(_HEADINGS, cells, strict=True)]
     rows = (_HEADINGS, ["-" * (width - 1) + ":" for width in widths], cells)
     return "\n".join(

@@ -93,8 +93,8 @@ def find_folder(name: str | Path) -> TokenizerFolder:
         return TokenizerFolder(path)
     if path.exists():
         raise ValueError(
-            f"tokenizer path {path} is not a folder; --tokenizer-name-or-path takes the folder, "
-            "--tokenizer-model takes a file"
+            f"tokenizer path {path} is not a folder; --tokenizer-name-or-path takes the folder; "
+            "of `generate`, --tokenizer-model takes a file"
         )
     if HUB_NAME.fullmatch(str(name)):
         return TokenizerFolder(_cached_snapshot(str(name)))
@@ -102,8 +102,8 @@ def find_folder(name: str | Path) -> TokenizerFolder:
 
 
 OTHER_WAYS = (
-    "say where the tokenizer is with --tokenizer-name-or-path FOLDER (Hugging Face files) or "
-    "--tokenizer-model FILE with --tokenizer-type SentencePiece; --prompt-ids needs no tokenizer"
+    "say where the tokenizer is with --tokenizer-name-or-path FOLDER (Hugging Face files); `generate` also takes "
+    "--tokenizer-model FILE with --tokenizer-type SentencePiece, and --prompt-ids, which needs no tokenizer"
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 from mindgen.__main__ import main
+from mindgen.commands.bench import parser
+from mindgen.commands.bench.job import prepare
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "demo" / "model"
@@ -161,10 +164,16 @@ BAD = {
     "no cache": (("--load", str(DEMO), "--no-use-kv-cache"), "--no-use-kv-cache"),
     "a cache too small": (("--load", str(DEMO), "--batch-size", "8", "--kv-cache-memory", "0.003"), "3072 tokens"),
     "a batch too large": (("--load", str(DEMO), "--batch-size", "300"), "--batch-size is 300"),
+    "requests of a grid": (("--load", str(DEMO), "--num-requests", "9"), "--num-requests 9 needs --request-rate"),
+    "a text of nothing": (("--load", str(DEMO), "--text-file", os.devnull), "/dev/null is not a regular file"),
     "a text nowhere": (("--load", str(DEMO), "--text-file", "/nowhere/x"), "--text-file /nowhere/x cannot be read"),
     "a text of a shape": (("--random-weights", "tinyllama-1.1b", "--text-file", __file__), "tokenizer"),
     "an output nowhere": (("--load", str(DEMO), "--json", "/nowhere/x"), "--json /nowhere/x cannot be written"),
-    "a picture nowhere": (("--load", str(DEMO), "--plot", "/nowhere/x"), "--plot /nowhere/x cannot be written"),
+    "a picture nowhere": (("--load", str(DEMO), "--plot", "/nowhere/x.png"), "--plot /nowhere/x.png cannot be written"),
+    "a picture of another kind": (
+        ("--load", str(DEMO), "--plot", "x.jpg"),
+        "--plot x.jpg has another suffix than .png",
+    ),
     "another rival": (("--load", str(DEMO), "--vs", "tf"), "--vs"),
 }
 
@@ -177,6 +186,19 @@ def test_bad_input_is_one_message_and_exit_code_2(name: str, capfd: pytest.Captu
     assert code == 2 and not out
     assert expected in err and "Traceback" not in err
     assert sum(line.startswith("mindgen: ") for line in err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_a_text_of_nothing_is_refused(text: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text(text)
+    assert main(["bench", "--load", str(DEMO), "--device", "cpu", "--text-file", str(tmp_path / "text")]) == 2
+    assert "holds no text" in capfd.readouterr().err
+
+
+def test_a_batch_too_large_is_refused_before_weights_are_read() -> None:
+    arguments = ["--load", str(DEMO), "--batch-size", "300"]
+    with pytest.raises(ValueError, match="at most 256 sequences run together"):
+        prepare(parser().parse_args(arguments), arguments, 0)
 
 
 def test_a_plot_without_matplotlib_is_refused_first(

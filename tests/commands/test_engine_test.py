@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mindgen.__main__ import main
-from mindgen.commands.engine_test import EngineTestConfig, EngineTestJob, _warm_up, figures, write_token_file
+from mindgen.commands.engine_test import EngineTestConfig, EngineTestJob, _serve, _warm_up, figures, write_token_file
 from mindgen.commands.latency import Timeline
 from mindgen.engine.request import Request, SamplingParams
 
@@ -65,6 +65,11 @@ def test_every_figure_has_its_name(run: Run, dataset: Path) -> None:
     )
     assert {"lpct", "lpot", "pmax_lpot", "p99_first_token", "qps", "qpsPerNpu", "generate speed"} <= set(found)
     assert "nan" not in out
+
+
+def test_figures_that_nothing_is_known_of_are_dashes(run: Run, dataset: Path) -> None:
+    code, out, _ = run(dataset, "--do_sample", "false", "--max_new_tokens", "1")
+    assert code == 0 and "\nlpot:-\n" in out and "nan" not in out
 
 
 def test_tokens_are_drawn_with_a_fixed_seed_unless_greedy(run: Run, dataset: Path, tmp_path: Path) -> None:
@@ -130,6 +135,35 @@ def test_a_file_that_is_not_finished_does_not_appear(tmp_path: Path) -> None:
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
+def test_a_file_has_the_permissions_of_any_new_one_or_of_the_one_before(tmp_path: Path) -> None:
+    (tmp_path / "any").touch()
+    write_token_file(tmp_path / "new", [[1]])
+    (tmp_path / "old").touch()
+    (tmp_path / "old").chmod(0o604)
+    write_token_file(tmp_path / "old", [[1]])
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("any", "new", "old")]
+    assert modes[0] == modes[1] != 0o600 and modes[2] == 0o604
+
+
+class Interrupted(Recorder):
+    """An engine whose user presses Ctrl-C."""
+
+    def step(self) -> Any:
+        raise KeyboardInterrupt
+
+    def submit(self, request: Request) -> None:
+        self.has_work = True
+
+
+def test_an_interrupt_says_that_nothing_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model: Any = SimpleNamespace(vocab_size=10)
+    request, engine = Request(0, (5,), SamplingParams()), Interrupted()
+    job = EngineTestJob(model, EngineTestConfig(load_all_data=True), (request,), tmp_path / "out.csv")
+    with pytest.raises(KeyboardInterrupt):
+        _serve(job, engine)  # type: ignore[arg-type]
+    assert "interrupted; nothing was written to" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 LINES = {
     "a word": ("1,2\n3,x,4\n", "line 2: 'x' is not a token id"),
     "a comma too many": ("1,2,\n", "line 1: '' is not a token id"),
@@ -159,6 +193,7 @@ BAD = {
     "a configuration file": (("a", "--config_path", "config.json"), "--config_path is not supported"),
     "no tokens": (("a", "--max_new_tokens", "0"), "--max_new_tokens is 0"),
     "a warm-up below none": (("a", "--warm_up", "-1"), "--warm_up is -1"),
+    "a device for the tokens": ((DEMO / "config.json", "--record_output", "/dev/null"), "/dev/null is not a regular"),
     "beams that are one": (("a", "--use_beam_search"), "--best_of"),
 }
 

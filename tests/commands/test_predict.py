@@ -141,7 +141,7 @@ def test_bad_lines_are_reported_by_number_before_anything_is_written(run: Run, t
     data = written(tmp_path / "in", good[0], *BAD_LINES.values(), b"", good[1])
     flags = ("--data_file", data, "--total_max_length", "40", "--max_length", "30")
     code, out, err = run(*flags)
-    assert (code, out) == (2, "") and not Path("output.json").read_bytes()
+    assert (code, out) == (2, "") and not Path("output.json").exists()
     assert f"that cannot be used: {len(BAD_LINES)};" in err and "--skip_bad_lines" in err
     for number, reason in enumerate(list(BAD_LINES)[:10], 2):
         line = next(line for line in err.splitlines() if line.startswith(f"line {number} "))
@@ -166,6 +166,16 @@ def test_a_run_is_resumed_behind_its_last_whole_line(run: Run, tmp_path: Path) -
         code, _, err = run(*flags, "--resume")
         assert (code, Path("output.json").read_bytes()) == (0, whole)
         assert (f"{left.count(10)} of 4 lines are in output.json already" in err) == (left.count(10) > 0)
+
+
+def test_with_beams_the_line_that_takes_the_most_blocks_is_refused_before_anything_is_written(
+    run: Run, tmp_path: Path
+) -> None:
+    data = written(tmp_path / "in", {"src": "a b " * 40}, {"src": "x " * 4})  # the first is longer, and has less room
+    beams = "--chat_template none --decode_strategy beam_search --num_beams 4 --max_length 100 --total_max_length 128"
+    code, out, err = run("--data_file", data, *beams.split(), "--block_size", "4", "--kv-cache-memory", "0.00123")
+    assert (code, out) == (2, "") and "mindgen: line 2: " in err and "in 4 beams" in err
+    assert not Path("output.json").exists()
 
 
 def test_output_that_is_there_is_never_lost_unasked(run: Run, tmp_path: Path) -> None:
@@ -195,7 +205,7 @@ def test_a_file_too_large_to_be_checked_early_is_checked_all_the_same(
     monkeypatch.setattr("mindgen.commands.predict._QUICKLY_READ", 0)
     data = written(tmp_path / "in", {"src": "how are you?"}, b"nonsense")
     code, out, err = run("--data_file", data, "--max_length", "4")
-    assert (code, out) == (2, "") and "line 2 is not JSON" in err and not Path("output.json").read_bytes()
+    assert (code, out) == (2, "") and "line 2 is not JSON" in err and not Path("output.json").exists()
     code, out, err = run("--data_file", data, "--max_length", "4", "--skip_bad_lines")
     assert code == 0 and "line 2 is not JSON" in err and len(records()) == 1
 
@@ -243,6 +253,13 @@ BAD: dict[str, tuple[str, str]] = {
     "an empty file": ("--data_file empty", "holds nothing to answer"),
     "a file onto itself": ("--data_file good --output_file good", "write to another file"),
     "a folder": ("--output_file .", "cannot be written"),
+    "a folder nowhere": ("--output_file nowhere/x", "nowhere/x cannot be written: No such file"),
+    "a filter out of range": ("--top_k -1", "mindgen: --top_k is -1; "),
+    "a seed below zero": ("--seed -1", "mindgen: --seed is -1; "),
+    "more beams than any request": (
+        "--decode_strategy beam_search --num_beams 257",
+        "mindgen: --num_beams is 257; ",
+    ),
     "a full disk": ("--data_file good --output_file /dev/full", "/dev/full cannot be written"),
     "a template nowhere": ("--chat_template nowhere", "--chat_template nowhere"),
     "a benchmark beyond the model": (
@@ -269,6 +286,7 @@ def test_bad_input_is_one_message_and_exit_code_2(run: Run, tmp_path: Path, name
     assert code == 2
     assert expected in err and "Traceback" not in err
     assert sum(line.startswith("mindgen: ") for line in err.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "good"]
 
 
 REFUSED = """

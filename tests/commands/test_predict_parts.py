@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from mindgen.commands.predict import _prepare, _serve
 from mindgen.commands.predict.chat_template import read_turn_template
 from mindgen.commands.predict.data import Line, read_lines
 from mindgen.commands.predict.options import PredictConfig
@@ -153,6 +154,22 @@ def test_two_runs_never_write_to_one_file(tmp_path: Path) -> None:
             OutputFile(options)
         file.write({"src": "é"})
     assert json.loads((tmp_path / "out").read_bytes()) == {"src": "é"}
+
+
+@pytest.mark.parametrize("flags", [(), ("--resume",)])
+def test_lines_that_came_after_the_check_are_neither_repeated_nor_followed(
+    tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    data = written(tmp_path / "in", {"src": "hi"}, {"src": "ho"})
+    output = Path(written(tmp_path / "out", *[{"src": "hi", "tgt": "", "output": "x"}] * len(flags)))
+    named = ["--model_name_or_path", str(DEMO), "--data_file", data, "--output_file", str(output)]
+    job = _prepare([*named, *flags], 0)
+    with output.open("ab") as other:
+        other.write(json.dumps({"src": "ho", "tgt": "", "output": "y"}).encode() + b"\n")
+    before = output.read_bytes()
+    with pytest.raises(ValueError, match="has changed since it was checked"):
+        _serve(job, Failing())  # type: ignore[arg-type]
+    assert output.read_bytes() == before
 
 
 def test_a_half_line_of_any_length_is_cut_off(tmp_path: Path) -> None:

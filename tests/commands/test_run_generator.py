@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from math import isnan, nan
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def row(out: str) -> list[float]:
     """The row of the table."""
     heading, _, cells = [line for line in out.splitlines() if line.startswith("|")]
     assert "time to first token (ms)" in heading and "time per token (ms)" in heading and "tokens/s" in heading
-    return [float(cell) for cell in cells.strip("| ").split("|")]
+    return [nan if cell.strip() == "-" else float(cell) for cell in cells.strip("| ").split("|")]
 
 
 def test_questions_answers_counts_and_a_table(run: Run) -> None:
@@ -143,7 +144,9 @@ def test_a_beam_search(run: Run, tmp_path: Path) -> None:
     beams = ("--task", "beam_search", "--num-beams", "3", "--max-new-tokens", "8")
     expected = generated(tmp_path, "--prompt", "class A", *beams)[0]["text"]
     options = ("--do_post_process", "--use_beam_search", "--best_of", "3", "--max_output_length", "8")
-    assert answers(run("--input_texts", "class A", *options)[1]) == [expected]
+    out = run("--input_texts", "class A", *options)[1]
+    assert answers(out) == [expected]
+    assert isnan(row(out)[5]) and "nan" not in out  # all tokens come together
 
 
 def test_limits_and_ends_are_honoured(run: Run, tmp_path: Path) -> None:
@@ -215,6 +218,13 @@ BAD = {
     "texts without a tokenizer": (("--load_tokenizer", "false"), "--load_tokenizer false needs token ids"),
     "a template without chat": (("--chat_template", "x"), "--is_chat_model"),
     "a template nowhere": (("--is_chat_model", "--chat_template", "/nowhere/x"), "/nowhere/x cannot be read"),
+    "a template that fails": (
+        ("--is_chat_model", "--chat_template", "{{ 1/0 }}"),
+        "the chat template of --chat_template failed: ZeroDivisionError",
+    ),
+    "a filter out of range": (("--do_post_process", "--top_k", "-2"), "mindgen: --top_k is -2; "),
+    "more answers than any request": (("--do_post_process", "--param_n", "300"), "mindgen: --param_n is 300; "),
+    "a tokenizer nowhere": (("--tokenizer-name-or-path", "/nowhere"), "`generate` also takes --tokenizer-model"),
     "a file nowhere": (("--input_file", "/nowhere/x"), "/nowhere/x cannot be read"),
     "an end token outside": (("--eos_token_id", "5000"), "--eos_token_id 5000"),
     "an end token that is none": (("--eos_token_id", "two"), "--eos_token_id two is not a JSON list"),
@@ -241,6 +251,13 @@ FILES = {
     "a conversation for a plain model": ('[{"role": "user", "content": "x"}]', (), "line 1 is a conversation"),
     "a line of another kind": ('"x"\n\n[3]', (), "line 3 must be a text"),
     "an object of another kind": ('{"text": "x"}', (), "line 1 must be a text"),
+    "a message without content": (
+        '"x"\n[{"role": "user"}]',
+        ("--is_chat_model",),
+        "prompts, line 2: the chat template",
+    ),
+    "a message that is none": ('[{"content": "x"}]', ("--is_chat_model",), "prompts, line 1: message 0"),
+    "half a character": ('"\\ud800"', (), "prompts, line 1: the text has a lone surrogate"),
     "an empty file": ("\n", (), "holds no request"),
 }
 

@@ -14,6 +14,7 @@ from mindgen.commands.bench.workload import Words
 from mindgen.commands.flags import from_flags
 from mindgen.config import PRECISIONS, EngineConfig
 from mindgen.parallel.topology import split_layers
+from mindgen.startup.cache_size import MOST_SEQUENCES
 from mindgen.startup.opened import Opened, TokenizerChoice, open_model, with_tokenizer
 from mindgen.startup.ready import computing_dtype
 from mindgen.weights.rows import check_divides
@@ -54,6 +55,10 @@ def prepare(parsed: argparse.Namespace, arguments: list[str], rank: int) -> Benc
         raise ValueError(
             f"--input-len and --output-len come to {options.longest} tokens, "
             f"but the model's context is {model.max_positions}"
+        )
+    if not options.is_serving and options.most_at_once > MOST_SEQUENCES:
+        raise ValueError(
+            f"--batch-size is {options.most_at_once}, but at most {MOST_SEQUENCES} sequences run together; lower it"
         )
     if options.vs is not None:
         job = replace(job, model=_with_small_cache(job))
@@ -103,8 +108,6 @@ def _with_words(job: BenchJob) -> BenchJob:
         model = with_tokenizer(model, TokenizerChoice())
         assert model.tokenizer is not None
         text = tuple(model.tokenizer.encode(_read(options.text_file)))
-        if not text:
-            raise ValueError(f"--text-file {options.text_file} holds no text")
     return replace(job, model=model, words=Words(model.vocab_size, options.seed, text))
 
 
@@ -112,6 +115,9 @@ def _read(name: str) -> str:
     if Path(name).exists() and not Path(name).is_file():
         raise ValueError(f"--text-file {name} is not a regular file")
     try:
-        return Path(name).read_text(encoding="utf-8-sig")
+        text = Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--text-file {name} cannot be read: {error}") from None
+    if not text.strip():
+        raise ValueError(f"--text-file {name} holds no text")
+    return text

@@ -99,7 +99,7 @@ def serving_task(options: BenchConfig, work: Work, words: Words) -> Task:
     cost = sum((_cost_of(request, work) for request in requests), Cost(steps * work.weight_bytes, 0.0))
     num_new = sum(request.params.max_new_tokens for request in requests)
     last = arrivals[-1][0]
-    about = {"kind": "serving", "request_rate": options.request_rate, "num_requests": options.num_requests}
+    about = {"kind": "serving", "request_rate": options.request_rate, "num_requests": options.num_served}
     (inputs,), (outputs,) = options.inputs, options.outputs
     shortest = min(len(request.prompt) for request in requests)
     return Task(

@@ -10,6 +10,8 @@ from math import isfinite
 
 from mindgen.config import option
 
+_NUM_SERVED = 16
+
 
 @dataclass(frozen=True)
 class Span:
@@ -64,7 +66,7 @@ class BenchConfig:
     request_rate: float | None = option(
         None, "measure serving: requests arrive at random, so many a second on average; inf is all at once", metavar="X"
     )
-    num_requests: int = option(16, "requests of a serving run")
+    num_requests: int | None = option(None, "requests of a run with --request-rate (default: 16)")
     random_weights: str | None = option(
         None, "instead of --load: seeded weights for a config.json, its folder, or a shape known by name"
     )
@@ -77,12 +79,14 @@ class BenchConfig:
             ("--batch-size", min(self.batch_size), 1),
             ("--repeats", self.repeats, 1),
             ("--warmup", self.warmup, 0),
-            ("--num-requests", self.num_requests, 1),
+            ("--num-requests", self.num_served, 1),
             ("--seed", self.seed, 0),
         ):
             if value < least:
                 raise ValueError(f"{flag} is {value}; it must be {least} or more")
         self._check_rate()
+        if self.plot is not None and not self.plot.lower().endswith(".png"):
+            raise ValueError(f"--plot {self.plot} has another suffix than .png; the picture is a PNG, name it so")
         if self.plot is not None and find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib; install it: pip install 'mindgen[bench]'")
 
@@ -98,6 +102,11 @@ class BenchConfig:
     def is_serving(self) -> bool:
         return self.request_rate is not None
 
+    @property
+    def num_served(self) -> int:
+        """Requests of a serving run."""
+        return _NUM_SERVED if self.num_requests is None else self.num_requests
+
     def shapes(self) -> Iterator[Shape]:
         """The grid, when not serving."""
         for batch_size in self.batch_size:
@@ -112,7 +121,7 @@ class BenchConfig:
     @property
     def most_at_once(self) -> int:
         """Requests in progress together, at most."""
-        return self.num_requests if self.is_serving else max(self.batch_size)
+        return self.num_served if self.is_serving else max(self.batch_size)
 
     def check_files(self) -> None:
         """Refuses files that could not be written at the end. ValueError names the flag."""
@@ -125,6 +134,11 @@ class BenchConfig:
             spans = [span for span in (*self.inputs, *self.outputs) if not span.is_exact]
             if spans:
                 raise ValueError(f"{spans[0]} is a span of lengths, which needs --request-rate; inf is all at once")
+            if self.num_requests is not None:
+                raise ValueError(
+                    f"--num-requests {self.num_requests} needs --request-rate (inf is all at once); a grid has "
+                    "--batch-size"
+                )
             return
         if not self.request_rate > 0:
             raise ValueError(f"--request-rate is {self.request_rate}; it must be above 0, or inf")

@@ -45,9 +45,7 @@ def check_room(job: BenchJob, engine: Engine) -> None:
     """Every prompt of a batch must find room at once, or its rates would be those of a queue. ValueError otherwise."""
     if job.options.is_serving:
         return
-    most, pool = engine.scheduler.max_sequences, engine.scheduler.pool
-    if job.options.most_at_once > most:
-        raise ValueError(f"--batch-size is {job.options.most_at_once}, but at most {most} sequences run together")
+    pool = engine.scheduler.pool
     if pool is not None and job.num_slots > pool.num_blocks * pool.block_size:
         raise ValueError(
             f"the longest batch takes {job.num_slots} tokens of cache, which holds {pool.num_blocks * pool.block_size}"

@@ -51,7 +51,7 @@ def mix_of(options: BenchConfig, words: Words, turn: object) -> list[Arrival]:
     (inputs,), (outputs,) = options.inputs, options.outputs
     lengths, gaps, now = words.chances("lengths"), words.chances("gaps"), 0.0
     arrivals = []
-    for number in range(options.num_requests):
+    for number in range(options.num_served):
         request = _request(number, _draw(inputs, lengths), _draw(outputs, lengths), words, ("mix", turn))
         arrivals.append((now, request))
         now += 0.0 if isinf(options.request_rate) else gaps.expovariate(options.request_rate)

@@ -18,11 +18,12 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class GeneratorPrompt:
-    """A text, a conversation, or ids alone; once it is tokenized, all have ids."""
+    """A text, a conversation, or ids alone; once it is tokenized, all have ids. where: file and line, if any."""
 
     text: str | None = None
     messages: tuple[dict[str, Any], ...] = ()
     ids: tuple[int, ...] = ()
+    where: str | None = None
 
     @property
     def question(self) -> str:
@@ -50,10 +51,18 @@ def gather_prompts(options: GeneratorConfig) -> list[GeneratorPrompt]:
 def tokenize(
     prompts: list[GeneratorPrompt], tokenizer: Tokenizer | None, options: GeneratorConfig
 ) -> list[GeneratorPrompt]:
-    """The prompts with their ids. ValueError for an empty text without BOS, and for a chat template that refuses."""
+    """The prompts with their ids. ValueError, which says where a prompt stands in a file, for an empty text without
+    BOS, and for a chat template that refuses."""
     if options.chat_template is not None:
         tokenizer = _with_template(tokenizer, options.chat_template)
-    return [prompt if prompt.ids else replace(prompt, ids=_ids(prompt, tokenizer, options)) for prompt in prompts]
+    return [prompt if prompt.ids else _tokenized(prompt, tokenizer, options) for prompt in prompts]
+
+
+def _tokenized(prompt: GeneratorPrompt, tokenizer: Tokenizer | None, options: GeneratorConfig) -> GeneratorPrompt:
+    try:
+        return replace(prompt, ids=_ids(prompt, tokenizer, options))
+    except ValueError as error:
+        raise error if prompt.where is None else ValueError(f"{prompt.where}: {error}") from None
 
 
 def _ids(prompt: GeneratorPrompt, tokenizer: Tokenizer | None, options: GeneratorConfig) -> tuple[int, ...]:
@@ -74,12 +83,12 @@ def _with_template(tokenizer: Tokenizer | None, template: str) -> Tokenizer:
     if not isinstance(tokenizer, LoadedTokenizer):
         raise ValueError("--chat_template needs the tokenizer; leave out --load_tokenizer false")
     if "{" in template:
-        return replace(tokenizer, chat_templates={"default": template})
+        return replace(tokenizer, chat_templates={"default": template}, source="--chat_template")
     try:
         text = Path(template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--chat_template {template} cannot be read: {error}") from None
-    return replace(tokenizer, chat_templates={"default": text})
+    return replace(tokenizer, chat_templates={"default": text}, source=f"--chat_template {template}")
 
 
 def _from_file(name: str, chat: bool) -> list[GeneratorPrompt]:
@@ -88,7 +97,7 @@ def _from_file(name: str, chat: bool) -> list[GeneratorPrompt]:
         return [GeneratorPrompt(ids=ids) for ids in read_token_file(name)]
     lines = [(number, line.rstrip("\r")) for number, line in enumerate(read_lines(name), 1) if line.strip()]
     if not isinstance(_json(lines[0][1]), str | list | dict):
-        return [GeneratorPrompt(line) for _, line in lines]
+        return [GeneratorPrompt(line, where=f"{name}, line {number}") for number, line in lines]
     return [_from_json(_json(line), chat, f"{name}, line {number}") for number, line in lines]
 
 
@@ -104,9 +113,9 @@ def _from_json(value: Any, chat: bool, where: str) -> GeneratorPrompt:
     if isinstance(value, dict) and len(value) == 1:
         value = value.get("prompt", value.get("messages"))
     if isinstance(value, str):
-        return GeneratorPrompt(value)
+        return GeneratorPrompt(value, where=where)
     if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
         if not chat:
             raise ValueError(f"{where} is a conversation, which needs --is_chat_model; add it")
-        return GeneratorPrompt(messages=tuple(value))
+        return GeneratorPrompt(messages=tuple(value), where=where)
     raise ValueError(f'{where} must be a text, {{"prompt": text}}, or with --is_chat_model a list of messages')

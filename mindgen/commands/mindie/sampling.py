@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from mindgen.commands.flags import by_flags
 from mindgen.config import option
 from mindgen.engine.request import SamplingParams
 
@@ -79,6 +80,10 @@ class MindieSampling:
 
     def params(self, max_new_tokens: int) -> SamplingParams:
         """What every request asks. Raises ValueError for values out of range."""
+        with by_flags(_FLAGS):
+            return self._params(max_new_tokens)
+
+    def _params(self, max_new_tokens: int) -> SamplingParams:
         several, draws = self._num_beams > self.param_n, self._draws
         chosen = {name: value for name in _FILTERS if draws and (value := getattr(self, name)) is not None}
         penalties = {name: value for name in _PENALTIES if (value := getattr(self, name)) is not None}
@@ -108,6 +113,7 @@ class MindieSampling:
         return self.param_n if self.best_of is None else self.best_of
 
 
+_FLAGS = {"n": "--param_n", "num_beams": "--best_of", "logprobs": "--top_logprobs", "stop": "--stop_strings"}
 _FILTERS = ("temperature", "top_k", "top_p")
 _PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mindgen.commands.flags import by_flags
 from mindgen.config import option
 from mindgen.engine.request import SamplingParams, derive_seed
 
@@ -113,7 +114,8 @@ class PredictConfig:
             raise ValueError(f"--min_length is {self.min_length}; it must be from 0 to --max_length {self.max_length}")
         if self.resume and self.overwrite:
             raise ValueError("--resume keeps what --output_file holds and --overwrite drops it; give one of them")
-        self.params(self.max_length)
+        with by_flags({"max_new_tokens": "--max_length"}):
+            self.params(self.max_length)
 
     @property
     def predicts(self) -> bool:

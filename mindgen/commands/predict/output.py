@@ -7,24 +7,30 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from errno import EACCES, ENOENT
 from pathlib import Path
 from typing import Any
 
 from mindgen.commands.predict.options import PredictConfig
 
 _SECONDS_UNSYNCED = 5.0  # the most that a loss of power may take; the end of a process takes nothing
+Version = tuple[int, int]  # size and time of the last change, which tell whether somebody has written since
 
 
 def check_output_file(options: PredictConfig) -> None:
-    """Refuses a file that could not be written, or whose lines would be lost. ValueError says what to do."""
+    """Refuses a file that could not be written, or whose lines would be lost. ValueError says what to do.
+
+    Nothing is created or changed.
+    """
     path = Path(options.output_file)
-    if options.data_file is not None and path.exists() and path.samefile(options.data_file):
-        raise ValueError(f"--data_file and --output_file are both {path}; write to another file")
     try:
-        with path.open("ab"):
-            pass
+        _check_writable(path)
     except OSError as error:
         raise ValueError(f"--output_file {path} cannot be written: {error.strerror}") from None
+    if not path.exists():
+        return
+    if options.data_file is not None and path.samefile(options.data_file):
+        raise ValueError(f"--data_file and --output_file are both {path}; write to another file")
     if not path.is_file() and (options.resume or options.overwrite):
         raise ValueError(f"--output_file {path} is not a regular file; --resume and --overwrite need one")
     if path.is_file() and path.stat().st_size and not (options.resume or options.overwrite):
@@ -32,6 +38,25 @@ def check_output_file(options: PredictConfig) -> None:
             f"--output_file {path} holds something already; continue it with --resume, begin it anew with --overwrite, "
             "or name another file"
         )
+
+
+def _check_writable(path: Path) -> None:
+    if path.exists():
+        with path.open("ab"):
+            return
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(ENOENT, os.strerror(ENOENT))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(EACCES, os.strerror(EACCES))
+
+
+def version_of(options: PredictConfig) -> Version:
+    """The output file's, to compare with later; a file that is not there is the same as an empty one."""
+    path = Path(options.output_file)
+    if not path.is_file() or not (found := path.stat()).st_size:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
 
 
 def finished_records(options: PredictConfig) -> Iterator[dict[str, Any]]:
@@ -56,14 +81,22 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
 
 
 class OutputFile:
-    """The file while it is written: whole lines only, and one writer. Raises ValueError where the disk fails."""
+    """The file while it is written: whole lines only, and one writer. Raises ValueError where the disk fails.
 
-    def __init__(self, options: PredictConfig) -> None:
+    checked: the version whose lines were counted; ValueError if the file has another one by now, unless it begins anew.
+    """
+
+    def __init__(self, options: PredictConfig, checked: Version | None = None) -> None:
         self._name = options.output_file
         self._file = os.open(self._name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self._synced = time.monotonic()
         try:
             self._lock()
+            if not options.overwrite and checked not in (None, version_of(options)):
+                raise ValueError(
+                    f"--output_file {self._name} has changed since it was checked: another run has written to it; "
+                    "nothing is added to it now, and --resume goes on behind it"
+                )
             if Path(self._name).is_file():
                 os.ftruncate(self._file, 0 if options.overwrite else _end_of_lines(self._file))
         except BaseException:

@@ -30,13 +30,13 @@ class _Asked:
 def predict(prompter: Prompter, found: Survey, engine: Engine) -> bool:
     """Answers what is left of the input and writes it. False if an answer failed.
 
-    Raises ValueError, before anything is written, for a request that the cache can never hold. An interrupt leaves
-    whole lines.
+    Raises ValueError, before anything is written, for a request that the cache can never hold, and for an output file
+    that was written to after the survey. An interrupt leaves whole lines.
     """
     options, started = prompter.options, time.monotonic()
     _check_largest(found, prompter, engine)
     good, num_tokens = True, 0
-    with closing(OutputFile(options)) as file, closing(Progress(found.num_done, found.num_lines)) as bar:
+    with closing(OutputFile(options, found.checked)) as file, closing(Progress(found.num_done, found.num_lines)) as bar:
         try:
             for asked in answers(prompter, found.num_done, engine, bar):
                 good &= asked.answer.finish_reason != "error"

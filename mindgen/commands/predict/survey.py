@@ -8,30 +8,40 @@ from typing import Any
 
 from mindgen.commands.predict.data import BadLine
 from mindgen.commands.predict.options import PredictConfig
+from mindgen.commands.predict.output import Version, version_of
 from mindgen.commands.predict.prompts import Prompt, Prompter
+from mindgen.engine.blocks import BlockPool
+from mindgen.engine.fits import most_blocks
 
 _MOST_SHOWN = 10
 
 
 @dataclass
 class Survey:
-    """What the input holds. num_done: lines that the output file holds already. largest: the prompt that may need the
-    most room, its answer included. bad: the first of the lines that cannot be used."""
+    """What the input holds.
 
+    checked: the version of the output file, which is empty without --resume. num_done: lines that it holds already.
+    largest: the prompt that takes the most blocks of the cache, its answer included. bad: the first of the lines that
+    cannot be used.
+    """
+
+    checked: Version = (0, 0)
     num_lines: int = 0
     num_done: int = 0
     num_cut: int = 0
     num_bad: int = 0
     largest: Prompt | None = None
+    most_blocks: int = 0
     bad: list[BadLine] = field(default_factory=list)
     unused: dict[str, None] = field(default_factory=dict)
 
-    def add(self, prompt: Prompt) -> None:
+    def add(self, prompt: Prompt, num_blocks: int) -> None:
+        """Counts a line that takes so many blocks."""
         self.num_lines += 1
         self.num_cut += bool(prompt.num_cut)
         self.unused |= dict.fromkeys(prompt.line.unused)
-        if self.largest is None or _size(prompt) > _size(self.largest):
-            self.largest = prompt
+        if num_blocks > self.most_blocks:
+            self.largest, self.most_blocks = prompt, num_blocks
 
     def add_bad(self, line: BadLine) -> None:
         self.num_bad += 1
@@ -57,12 +67,15 @@ def survey(prompter: Prompter, done: Iterator[dict[str, Any]]) -> Survey:
 
     Raises ValueError for bad lines that are not to be skipped, and for output of another input.
     """
-    found, options = Survey(), prompter.options
+    options = prompter.options
+    found, pool = Survey(), BlockPool(1, options.block_size)
+    if options.resume:
+        found.checked = version_of(options)  # before its lines are read: what comes later is a change
     for prompt in prompter.prompts():
         if isinstance(prompt, BadLine):
             found.add_bad(prompt)
             continue
-        found.add(prompt)
+        found.add(prompt, most_blocks(prompt.request(options), pool))
         record = next(done, None)
         if record is not None:
             _check_same(prompt, record, found.num_lines, options)
@@ -90,10 +103,6 @@ def _check_same(prompt: Prompt, record: dict[str, Any], number: int, options: Pr
             f"line {number} of --output_file {options.output_file} does not belong to line {prompt.line.number} of "
             f"{options.data_file or 'the built-in prompt'}; {_OTHER_RUN}"
         )
-
-
-def _size(prompt: Prompt) -> int:
-    return len(prompt.ids) + prompt.num_new
 
 
 def _listing(found: Survey) -> str:
