@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # as flags say it, as torch does
+_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
 
 def option(default: Any, help: str, *flags: str, **more: Any) -> Any:
@@ -20,7 +22,10 @@ def option(default: Any, help: str, *flags: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How to run it: over how many ranks, on which device, with how much memory. Raises ValueError for bad sizes."""
+    """How to run it: over how many ranks, on which device, with how much memory.
+
+    A list is kept as a tuple. Raises ValueError for a value of another type or outside its range.
+    """
 
     model: str = option("", "a Hugging Face folder or a Megatron directory of any TP x PP", "--load", "--model")
     tensor_parallel_size: int | None = option(
@@ -48,7 +53,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if not self.model:
-            raise ValueError("no model given; name a Hugging Face folder or a Megatron directory with --load")
+            raise ValueError("no model given; model (--load) names a Hugging Face folder or a Megatron directory")
+        layers: object = self.num_layer_list
+        if isinstance(layers, list):
+            object.__setattr__(self, "num_layer_list", tuple(layers))
+        for item in fields(self):
+            _check_type(item.name, getattr(self, item.name), str(item.type), item.metadata.get("choices"))
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "block_size", "max_batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -68,3 +78,21 @@ class EngineConfig:
                 f"kv_cache_fraction {fraction} and kv_cache_memory {self.kv_cache_memory} both say how large the cache "
                 "is; give one of them"
             )
+
+
+def _check_type(name: str, value: object, annotation: str, choices: Sequence[str] | None) -> None:
+    """Compares with the field's annotation, such as `int | None`; tuples hold whole numbers."""
+    kind, _, optional = annotation.partition(" | ")
+    if value is None and optional:
+        return
+    if choices is not None and value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+    if kind not in _KINDS:
+        _check_numbers(name, value)
+    elif not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):
+        raise ValueError(f"{name} is {value!r}; it must be of type {annotation}")
+
+
+def _check_numbers(name: str, value: object) -> None:
+    if not (isinstance(value, tuple) and value and all(type(item) is int for item in value)):
+        raise ValueError(f"{name} is {value!r}; it must be a tuple or list of whole numbers, for example (3, 2)")

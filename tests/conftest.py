@@ -5,16 +5,32 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: ranks of a test share two cores
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.configuration import set_hypothesis_home_dir
 
 from tests.checkpoints import CASES, make_model, prompts, save_model
 
 torch.set_num_threads(1)
+
+# Property tests try the same examples in every run, on a machine of any speed, and leave nothing behind.
+settings.register_profile(
+    "same every time", derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("same every time")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What hypothesis computes for itself goes where it is deleted."""
+    folder = TemporaryDirectory()
+    config.add_cleanup(folder.cleanup)
+    set_hypothesis_home_dir(folder.name)
 
 
 @pytest.fixture(scope="session")

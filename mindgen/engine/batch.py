@@ -97,11 +97,6 @@ class Batch:
     packed: Tensor  # everything in one int64 vector; the other tensors are views of it
 
     @property
-    def sample_rows(self) -> Tensor:
-        """Where in the T tokens logits are wanted to draw from [R]; a token may appear more than once."""
-        return self.samples.at
-
-    @property
     def num_tokens(self) -> int:
         """T."""
         return self.tokens.shape[0]

@@ -34,11 +34,6 @@ class BlockPool:
         self._known: dict[bytes, int] = {}  # the other way round
 
     @property
-    def num_free(self) -> int:
-        """Blocks without owner and content."""
-        return len(self._free)
-
-    @property
     def num_cached(self) -> int:
         """Blocks without owner whose content may be wanted again."""
         return len(self._cached)

@@ -63,8 +63,10 @@ class Engine:
         params = request.params
         ends = Ends.of(params, self.eos_ids)
         seed = secrets.randbelow(SEED_LIMIT) if params.seed is None else params.seed
-        self.scheduler.submit(Sequence.start(request, seed, ends.ids, self._bad_words(request)))
-        self._answers[request.id] = make_answer(request, ends, self._tools)
+        sequence = Sequence.start(request, seed, ends.ids, self._bad_words(request))
+        answer = make_answer(request, ends, self._tools)
+        self.scheduler.submit(sequence)
+        self._answers[request.id] = answer
 
     def step(self) -> list[Output]:
         """Fill the pipeline, wait for the oldest step in flight, and tell what is new. May be empty."""
@@ -130,6 +132,7 @@ class Engine:
         if self.vocab_size is not None:
             self._check_tokens(f"the prompt of request {request.id}", request.prompt)
             self._check_tokens(f"the logit_bias of request {request.id}", dict(params.logit_bias))
+            self._check_tokens(f"stop_token_ids of request {request.id}", params.stop_token_ids)
         if params.stop and self._tools is None:
             raise ValueError(f"request {request.id} has stop strings, which need a tokenizer; use stop_token_ids")
         if params.bad_words and (self._tools is None or self._tools.encode is None):

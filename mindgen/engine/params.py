@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 
+from mindgen.text.unicode import require_utf8
+
 SEED_LIMIT = 1 << 64
 MOST_SAMPLES = 256  # samples or beams of one request
 _MOST_LOGPROBS = 1000
@@ -159,6 +161,11 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
         raise ValueError(f"{name} is {value!r}; it must be a string, or a list or tuple of strings, that are not empty")
+    try:
+        for text in texts:
+            require_utf8(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is {value!r}: {error}") from None
     return tuple(texts)
 
 

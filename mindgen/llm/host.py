@@ -51,6 +51,7 @@ class Host:
         self._ranks: Ranks | None = None
         self._abandoned = threading.Event()
         self._connected = True  # or abandoned before it was
+        self._threads: int | None = None  # torch's in this process, until they are put back
         self._digests: dict[int, str] = {}  # of requests that only this rank, or only rank 0, knows of yet
         self._digesting = threading.Lock()
         self._tell: Callable[[News], None] = _nobody
@@ -100,8 +101,10 @@ class Host:
         self._abandoned.set()
         self._commands.put(None)
         if self._ranks is not None:
+            self._ranks.loss = self._ranks.loss or CLOSED  # for a roll call that waits in vain
             self._ranks.kill_children()
         self._thread.join(1.0)
+        self._put_threads_back()
 
     def _live(self, config: EngineConfig, choice: TokenizerChoice) -> None:
         try:
@@ -125,6 +128,7 @@ class Host:
             self._ranks = ranks
             if self._abandoned.is_set():
                 ranks.kill_children()
+                raise RuntimeError(CLOSED)
             with ready_rank(ranks, model, error) as (settled, runner):
                 self._serve(settled, runner)
 
@@ -139,13 +143,21 @@ class Host:
                 "torch.distributed is in use in this process, by another LLM of several ranks or by your program, "
                 f"and an LLM of {size} ranks needs it for itself; close the other one first, or use one rank"
             )
-        threads = torch.get_num_threads()
+        self._threads = torch.get_num_threads()
         try:
             yield
         finally:
-            torch.set_num_threads(threads)
+            self._put_threads_back()
             if size > 1 and self._connected and dist.is_initialized():
                 dist.destroy_process_group()
+
+    def _put_threads_back(self) -> None:
+        """Once: a thread that was abandoned and ends late would disturb the next LLM."""
+        import torch
+
+        threads, self._threads = self._threads, None
+        if threads is not None:
+            torch.set_num_threads(threads)
 
     @contextmanager
     def _become_rank(self, config: EngineConfig, choice: TokenizerChoice, size: int) -> Iterator[Ranks]:
@@ -199,10 +211,11 @@ class Host:
         try:
             for request in requests:
                 engine.submit(request)
-        except ValueError as error:
+        except Exception as error:  # whatever one caller did wrong is no reason to end the engine for all
+            told = error if isinstance(error, ValueError) else RuntimeError(_failed("the request", error))
             _abort(engine, numbers)
-            self._tell(News(refused=tuple(numbers), reason=str(error)))
-            self.desk.refuse(numbers, error)
+            self._tell(News(refused=tuple(numbers), reason=str(told)))
+            self.desk.refuse(numbers, told)
         else:
             self._tell(News(taken=tuple((request.id, digest(request)) for request in requests)))
 
@@ -258,17 +271,22 @@ def _nobody(news: News) -> None:
 
 def _abort(engine: Engine, numbers: Iterable[int]) -> None:
     for number in numbers:
-        engine.abort(number)
+        with suppress(TypeError):  # what cannot be a number is nobody's
+            engine.abort(number)
 
 
 def _as_told(error: BaseException) -> Exception:
-    """The reason as a user should get it."""
+    """The reason as a user should get it, of a class that can be made anew from its message for each who asks."""
     from mindgen.parallel.group import PeerLost
-    from mindgen.parallel.rendezvous import RendezvousError
     from mindgen.parallel.world import RankError
 
     if isinstance(error, RankError):
         return ValueError(str(error))
-    if isinstance(error, ValueError | OSError | PeerLost | RendezvousError | RuntimeError):
-        return error
-    return RuntimeError(f"the engine failed: {type(error).__name__}: {error}")
+    for kind in (PeerLost, ValueError, OSError, RuntimeError):
+        if isinstance(error, kind):
+            return kind(str(error))
+    return RuntimeError(_failed("the engine", error))
+
+
+def _failed(what: str, error: BaseException) -> str:
+    return f"{what} failed: {type(error).__name__}: {error}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -18,6 +19,7 @@ from mindgen.llm.questions import (
     Params,
     Prompt,
     Prompts,
+    check_conversation,
     is_conversation,
     is_single,
     make_config,
@@ -134,7 +136,9 @@ class LLM:
         return self.generate(cast(Any, self._chat_prompts(messages)), params, progress=progress)
 
     def chat_prompt(self, messages: Conversation) -> list[int]:
-        """The token ids with which a conversation goes on, for `stream`. ValueError where there is no template."""
+        """The token ids with which a conversation goes on, for `stream`. ValueError for what is no conversation, and
+        where there is no template."""
+        check_conversation(messages)
         if self.tokenizer is None:
             raise ValueError("a chat needs a tokenizer, and the model has none; name one with tokenizer=FOLDER")
         return self.tokenizer.apply_chat_template(cast(Any, messages))
@@ -142,8 +146,10 @@ class LLM:
     def abort(self, request_id: int) -> None:
         """Ends a request of another thread or task: its answer so far, with the finish reason `abort`.
 
-        Under torchrun rank 0's word counts. What has ended already stays as it is.
+        Under torchrun rank 0's word counts. What has ended already stays as it is. ValueError for what is no number.
         """
+        if not isinstance(request_id, int):
+            raise ValueError(f"{request_id!r} is no request's id; give the request_id of one Output or Result")
         self._host.abort([request_id])
 
     async def agenerate(self, prompts: Prompts, params: Params = None) -> Any:
@@ -199,7 +205,7 @@ def _into(arrivals: asyncio.Queue[list[Output] | Exception]) -> Deliver:
     loop = asyncio.get_running_loop()
 
     def deliver(news: list[Output] | Exception) -> None:
-        if not loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed: nobody waits there any longer
             loop.call_soon_threadsafe(arrivals.put_nowait, news)
 
     return deliver

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mindgen.config import EngineConfig
 from mindgen.engine.request import Request, SamplingParams
@@ -19,7 +19,6 @@ Prompt = str | Sequence[int]
 Prompts = Prompt | Sequence[Prompt]
 Params = SamplingParams | Sequence[SamplingParams] | None
 Conversation = Sequence[Mapping[str, Any]]  # messages with `role` and `content`
-_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
 
 @dataclass(frozen=True)
@@ -36,27 +35,15 @@ class Question:
 
 def make_config(model: str | Path | EngineConfig, options: Mapping[str, Any]) -> EngineConfig:
     """The configuration with the options. TypeError for an option that does not exist, ValueError for a bad value."""
-    known = {field.name: field for field in fields(EngineConfig) if field.name != "model"}
-    for name, value in options.items():
+    known = [field.name for field in fields(EngineConfig) if field.name != "model"]
+    for name in options:
         if name not in known:
             raise TypeError(f"LLM has no option {name!r}; it has {', '.join(known)}")
-        _check_option(name, value, str(known[name].type), known[name].metadata.get("choices"))
-    kept: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     if isinstance(model, EngineConfig):
-        return replace(model, **kept)
-    return EngineConfig(str(model), **kept)
-
-
-def _check_option(name: str, value: Any, annotation: str, choices: Sequence[str] | None) -> None:
-    """Compares with the field's annotation, such as `int | None`; sequences hold whole numbers."""
-    kind, _, optional = annotation.partition(" | ")
-    if value is None and optional:
-        return
-    if choices is not None and value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
-    fits = isinstance(value, _KINDS.get(kind, (tuple, list))) and (kind == "bool" or not isinstance(value, bool))
-    if not fits or (kind not in _KINDS and not all(type(item) is int for item in value)):
-        raise ValueError(f"{name} is {value!r}; it must be of type {annotation}")
+        return replace(model, **options)
+    if not isinstance(model, str | Path):
+        raise ValueError(f"model is {model!r}; it must be the path of a folder, or an EngineConfig")
+    return EngineConfig(str(model), **options)
 
 
 def is_single(prompts: Prompts) -> bool:
@@ -69,6 +56,15 @@ def is_conversation(messages: Conversation | Sequence[Conversation]) -> bool:
     """Whether it is one conversation, and not several. ValueError for neither."""
     _check_sequence(messages, "a list of messages, or a list of such conversations")
     return len(messages) > 0 and isinstance(messages[0], Mapping)
+
+
+def check_conversation(messages: object) -> None:
+    """ValueError for what is not a sequence of messages."""
+    wanted = "a list of messages, each a dict with role and content"
+    _check_sequence(messages, wanted)
+    for message in cast(Conversation, messages):
+        if not isinstance(message, Mapping):
+            raise ValueError(f"{message!r} is of type {type(message).__name__} and no message; give {wanted}")
 
 
 def _check_sequence(value: object, wanted: str) -> None:

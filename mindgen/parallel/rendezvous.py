@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -72,11 +72,14 @@ def _listen(meeting: Meeting) -> socket.socket:
         ) from error
 
 
-def roll_call(store: dist.Store, place: Place, timeout: float) -> tuple[str, tuple[Process, ...]]:
+def roll_call(
+    store: dist.Store, place: Place, timeout: float, loss: Callable[[], str | None] = lambda: None
+) -> tuple[str, tuple[Process, ...]]:
     """Waits until every rank is there. Returns the prefix of this connection's keys, and the ranks' processes.
 
     A job may connect several times in turn; each time has keys of its own. Raises RendezvousError naming the ranks
-    that are missing after `timeout` seconds, or a rank number that two processes claim.
+    that are missing after `timeout` seconds, a rank number that two processes claim, or a `loss` that makes waiting
+    useless.
     """
     count = store.add(f"arrivals/{place.rank}", 1)
     mine = str(Process.mine())
@@ -86,7 +89,7 @@ def roll_call(store: dist.Store, place: Place, timeout: float) -> tuple[str, tup
     keys.set(pulse_key(place.rank), "")  # before the rank counts as present, for others read it from then on
     keys.set(f"process/{place.rank}", mine)
     names = [f"process/{rank}" for rank in range(place.world_size)]
-    _await(keys, names, timeout)
+    _await(keys, names, timeout, loss)
     return str(count), tuple(Process.parse(keys.get(name).decode()) for name in names)
 
 
@@ -95,10 +98,12 @@ def pulse_key(rank: int) -> str:
     return f"pulse/{rank}"
 
 
-def _await(keys: dist.Store, names: Sequence[str], timeout: float) -> None:
+def _await(keys: dist.Store, names: Sequence[str], timeout: float, loss: Callable[[], str | None]) -> None:
     """Asks again and again rather than waiting inside the store, so that Ctrl-C is heard."""
     deadline = time.monotonic() + timeout
-    while not keys.check(list(names)):
+    while (reason := loss()) is not None or not keys.check(list(names)):
+        if reason is not None:
+            raise RendezvousError(reason)
         if time.monotonic() > deadline:
             missing = [rank for rank, name in enumerate(names) if not keys.check([name])]
             raise RendezvousError(

@@ -155,7 +155,7 @@ def _meet(ranks: Ranks, meeting: Meeting, device: torch.device, timeout: float) 
     if ranks.store is None:
         ranks.store = open_store(meeting, place.rank, timeout)
     assert isinstance(ranks.store, dist.Store)
-    prefix, processes = roll_call(ranks.store, place, timeout)
+    prefix, processes = roll_call(ranks.store, place, timeout, lambda: ranks.loss)
     watchdog = Watchdog(ranks, dist.PrefixStore(prefix, open_client(meeting, timeout)), processes)
     watchdog.start()
     wanted = device.type == "cpu" and kind == "auto"

@@ -26,7 +26,8 @@ def num_blocks(config: EngineConfig, spec: ModelSpec, model: Decoder, world: Wor
     if smallest < 1:
         raise ValueError(
             f"no room for one cache block of {config.block_size} tokens, {bytes_each / 2**20:.1f} MiB; "
-            "raise --kv-cache-memory or --kv-cache-fraction, or lower --block-size"
+            "raise kv_cache_memory (--kv-cache-memory) or kv_cache_fraction (--kv-cache-fraction), "
+            "or lower block_size (--block-size)"
         )
     return min(smallest, MOST_SEQUENCES * -(-spec.max_positions // config.block_size))
 

@@ -86,7 +86,8 @@ def _with_all_ranks(model: Opened, ranks: Ranks) -> Opened:
     if tp * pp != number:
         raise ValueError(
             f"tensor parallel size {tp} x pipeline parallel size {pp} is {tp * pp} ranks, but {number} "
-            "were started; set --tensor-model-parallel-size, --pipeline-model-parallel-size or --nproc_per_node"
+            "were started; set tensor_parallel_size (--tensor-model-parallel-size), pipeline_parallel_size "
+            "(--pipeline-model-parallel-size), or --nproc_per_node of torchrun"
         )
     check_divides(model.source.spec, tp)
     return replace(model, config=replace(model.config, tensor_parallel_size=tp))

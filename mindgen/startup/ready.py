@@ -83,7 +83,8 @@ def _together(world: World, make: Callable[[], Made]) -> Made:
             raise
         error = str(problem) or type(problem).__name__
         if _is_memory(problem):
-            error = f"not enough memory: {error.splitlines()[0]}; use more ranks, or less --kv-cache-memory"
+            error = f"not enough memory: {error.splitlines()[0]}; use more ranks, or less "
+            error += "kv_cache_memory (--kv-cache-memory)"
     world.agree(error)
     return made  # type: ignore[return-value]
 

@@ -44,9 +44,7 @@ class FakeRunner:
         batch = Batch.unpack(batch.pack())
         self.batches.append(batch)
         contexts = self._cached(batch) if self.memory else self._recomputed(batch)
-        assert batch.samples.position.tolist() == [
-            len(context) for context in _seen(batch.sample_rows, contexts, batch)
-        ]
+        assert batch.samples.position.tolist() == [len(context) for context in _seen(batch.samples.at, contexts, batch)]
         rows = torch.full((batch.num_results, row_width(batch.most_top)), -1.0, dtype=torch.float64)
         self._put(rows, 0, batch.samples, contexts, batch, sample)
         self._put(rows, len(batch.samples), batch.scored, contexts, batch, score)

@@ -160,7 +160,6 @@ class Play:
         scheduler, pool = self.scheduler, self.scheduler.pool
         assert pool
         owners = Counter(block for sequence in scheduler.sequences for block in sequence.blocks)
-        assert pool.num_free + pool.num_used + pool.num_cached == pool.num_blocks
         assert pool.num_used == len(owners)
         assert all(pool.num_owners(block) == count for block, count in owners.items())
         assert pool.reuse or not pool.num_cached

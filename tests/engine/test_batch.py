@@ -54,7 +54,7 @@ def test_a_batch_holds_prompts_decodes_and_chunks_side_by_side():
     assert batch.context_lens.tolist() == [4, 4]
     assert batch.block_tables.tolist() == [[0], [1]]
     assert batch.slots.tolist() == [3, 4, 5, 6, 7]
-    assert batch.sample_rows.tolist() == [0]  # the other prompt is not complete yet
+    assert batch.samples.at.tolist() == [0]  # the other prompt is not complete yet
     assert batch.samples.position.tolist() == [4]
 
 
@@ -104,7 +104,7 @@ requests = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(requests, min_size=1, max_size=5), st.integers(1, 40), st.lists(st.integers(0, 99), max_size=3))
 def test_unpacking_gives_what_was_packed(asked, budget, copies):
     sequences = [

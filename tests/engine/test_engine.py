@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindgen.engine.batch import make_batch
@@ -336,14 +336,14 @@ def check_blocks(engine: Engine) -> None:
     if pool is None:
         return
     owners = Counter(block for sequence in engine.scheduler.sequences for block in sequence.blocks)
-    assert pool.num_used == len(owners) == pool.num_blocks - pool.num_free - pool.num_cached
+    assert pool.num_used == len(owners)
     assert pool.reuse or not pool.num_cached
     assert all(pool.num_owners(block) == count for block, count in owners.items())
     for sequence in engine.scheduler.sequences:
         assert len(sequence.blocks) == len(set(sequence.blocks)) <= pool.blocks_for(len(sequence.tokens))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(st.lists(st.tuples(prompts, options, st.integers(0, 6)), min_size=1, max_size=6), limits)
 def test_an_answer_depends_on_its_request_alone(asked, limits):
     engine = make_engine(eos_ids=EOS, **limits)
@@ -365,7 +365,7 @@ def test_an_answer_depends_on_its_request_alone(asked, limits):
     )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(prompts, options, st.integers(0, 5), st.integers(0, 9)), min_size=1, max_size=5),
     limits,

@@ -36,7 +36,7 @@ def looked_up(params: SamplingParams, prompt: list[int], said: list[int]) -> dic
     return {token: value for token, value in (dict(added) | dict.fromkeys(never, NEVER)).items() if value}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(chosen, tokens, tokens, st.lists(st.integers(1, 4), max_size=6), st.integers(0, 11))
 def test_what_is_kept_up_is_what_a_look_at_everything_says(chosen, prompt, said, pieces, fork):
     params = SamplingParams(**chosen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindgen.engine.blocks import BlockPool
@@ -55,16 +55,10 @@ def check_answers(play: Play, asked: list[Arrival]) -> None:
         assert got == expected or (request.id in play.aborted and got.items() <= expected.items())
 
 
-def quietly(examples: int) -> settings:
-    return settings(
-        max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-    )
-
-
 def test_twenty_thousand_steps_under_pressure():
     num_steps = num_preemptions = num_reused = 0
 
-    @quietly(330)
+    @settings(max_examples=330)
     @given(arrivals(), st.integers(0, 12), limits)
     def run(asked: list[Arrival], spare: int, limits: dict) -> None:
         nonlocal num_steps, num_preemptions, num_reused
@@ -82,7 +76,7 @@ def test_twenty_thousand_steps_under_pressure():
     assert num_preemptions > 500 and num_reused > 5_000, (num_preemptions, num_reused)
 
 
-@quietly(80)
+@settings(max_examples=80)
 @given(arrivals(), st.lists(st.none() | st.integers(0, 25), min_size=8, max_size=8), st.integers(0, 8), limits)
 def test_an_abort_at_any_moment_returns_every_block(asked, patience, spare, limits):
     asked = [Arrival(one.request, one.turn, wait) for one, wait in zip(asked, patience, strict=False)]

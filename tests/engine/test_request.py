@@ -28,6 +28,8 @@ from mindgen.engine.request import Request, SamplingParams, derive_seed
         ({"stop": ("",)}, "stop is ('',)"),
         ({"bad_words": ["x", 3]}, "bad_words is ['x', 3]"),
         ({"stop_token_ids": 5}, "stop_token_ids is 5"),
+        ({"stop": ["a", "\ud800"]}, "stop is ['a', '\\ud800']: the text has a lone surrogate"),
+        ({"bad_words": "a\udfff"}, "bad_words is 'a\\udfff': the text has a lone surrogate"),
         ({"stop_token_ids": (-5,)}, "stop token id is -5"),
         ({"n": 0}, "n is 0"),
         ({"num_beams": 0}, "num_beams is 0"),

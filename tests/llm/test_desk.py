@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from mindgen.engine.request import Output, Request, SamplingParams, TokenLogprob
 from mindgen.llm.desk import Desk
+from mindgen.llm.host import _as_told
 from mindgen.llm.news import News, digest
+from mindgen.parallel.group import PeerLost
+from mindgen.parallel.rendezvous import RendezvousError
+from mindgen.parallel.world import RankError
 
 
 def mailbox() -> tuple[list[list[Output] | Exception], Callable[[list[Output] | Exception], None]]:
@@ -45,6 +51,28 @@ def test_the_end_reaches_all_who_wait_and_all_who_come_later() -> None:
     assert [str(error) for error in received] == ["first"]
     with pytest.raises(RuntimeError, match="first"):
         desk.open(1, deliver)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (json.JSONDecodeError("no JSON", "{", 0), ValueError("no JSON: line 1 column 1 (char 0)")),
+        (UnicodeDecodeError("utf-8", b"a", 0, 1, "no text"), ValueError),
+        (FileNotFoundError(2, "no such file", "weights"), OSError("[Errno 2] no such file: 'weights'")),
+        (RankError(1, "no weights"), ValueError("rank 1: no weights")),
+        (PeerLost("rank 1 died"), PeerLost("rank 1 died")),
+        (RendezvousError("nobody came"), RuntimeError("nobody came")),
+        (KeyError("a"), RuntimeError("the engine failed: KeyError: 'a'")),
+    ],
+)
+def test_the_end_is_told_as_often_as_somebody_asks(error: Exception, told: Any) -> None:
+    desk = Desk()
+    desk.fail(_as_told(error))
+    for _ in range(2):
+        with pytest.raises(Exception) as caught:
+            desk.check()
+        assert caught.type is (told if isinstance(told, type) else type(told))
+        assert isinstance(told, type) or str(caught.value) == str(told)
 
 
 def test_news_arrive_as_they_were() -> None:

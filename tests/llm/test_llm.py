@@ -9,10 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import fields
 from pathlib import Path
+from types import FrameType
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -20,6 +22,8 @@ import torch
 
 from mindgen import LLM, EngineConfig, PeerLost, Result, SamplingParams
 from mindgen.llm.call import Call
+from mindgen.llm.desk import Deliver
+from mindgen.llm.llm import _into
 from mindgen.llm.questions import make_questions
 from tests.checkpoints import prompts
 
@@ -155,6 +159,17 @@ class TestAsync:
         assert [r.token_ids for r in seeded] == [demo.generate("def f", params).token_ids for params in SEEDED]
         assert chat.text == streamed == ANSWER
 
+    def test_a_loop_that_is_closed_meanwhile_harms_nobody(self) -> None:
+        """It closes after it has said that it has not."""
+
+        async def made() -> Deliver:
+            return _into(asyncio.Queue())
+
+        with closing(asyncio.new_event_loop()) as loop:
+            deliver = loop.run_until_complete(made())
+        with patch.object(loop, "is_closed", return_value=False):
+            deliver([])
+
     async def text(self, llm: LLM) -> str:
         return "".join([piece.text async for piece in llm.astream(llm.chat_prompt(QUESTION), CHAT)])
 
@@ -180,10 +195,6 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("option", "message"),
         [
-            ({"dtype": "float7"}, "dtype is 'float7'; choose one of fp32"),
-            ({"block_size": "128"}, "block_size is '128'; it must be of type int"),
-            ({"block_size": True}, "block_size is True"),
-            ({"num_layer_list": [1.5]}, "num_layer_list is"),
             ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0; it must be at least 1"),
             ({"tensor_parallel_size": 3}, "Sizes that fit: 1, 2, 4, 8"),
         ],
@@ -239,6 +250,27 @@ class TestRefusals:
         with pytest.raises(ValueError, match="give a list of messages"):
             demo.chat(bad)
 
+    @pytest.mark.parametrize("bad", [[5], [QUESTION, 5], [*QUESTION, 5], ["hi"], [[5]]])
+    def test_what_is_no_conversation_is_told_what_one_is(self, demo: LLM, bad: Any) -> None:
+        with pytest.raises(ValueError, match="is of type (int|str).*; give a list of messages, each a dict"):
+            demo.chat(bad)
+
+    @pytest.mark.parametrize("bad", [[2**70], [99999]])
+    def test_a_stop_token_outside_the_vocabulary_is_refused_and_harms_nobody(self, demo: LLM, bad: list[int]) -> None:
+        with pytest.raises(ValueError, match=f"stop_token_ids of request .* has token id {bad[0]}; the model's voc"):
+            demo.generate("def f", SamplingParams(stop_token_ids=bad, min_new_tokens=3))
+        assert demo.chat(QUESTION, CHAT).text == ANSWER
+
+    def test_whatever_fails_in_the_engine_ends_no_other_request(self, demo: LLM) -> None:
+        params = SamplingParams(max_new_tokens=2)
+        object.__setattr__(params, "stop_token_ids", ("a",))
+        with pytest.raises(RuntimeError, match="the request failed: TypeError"):
+            demo.generate("def f", params)
+        with pytest.raises(ValueError, match=r"\[1\] is no request's id"):
+            demo.abort([1])  # type: ignore[arg-type]
+        demo._host.abort([[1]])  # type: ignore[list-item]
+        assert demo.chat(QUESTION, CHAT).text == ANSWER and not waiting(demo)
+
     def test_text_without_a_tokenizer_is_refused(self, checkpoint: Callable[[str], Path]) -> None:
         with LLM(checkpoint("qwen3"), **SMALL) as llm:
             with pytest.raises(ValueError, match="no tokenizer"):
@@ -272,11 +304,11 @@ class TestTwoRanks:
 
 @contextmanager
 def interrupted_in(function: str) -> Iterator[None]:
-    """Presses Ctrl-C, which a terminal sends to children too, when the main thread is in the function."""
+    """Presses Ctrl-C, which a terminal sends to children too, when a thread is in the function."""
     left = threading.Event()
 
     def press() -> None:
-        while function not in functions_of_main() and not left.is_set():
+        while function not in functions_running() and not left.is_set():
             time.sleep(0.001)
         if not left.is_set():
             for process in (*children(), psutil.Process()):
@@ -291,11 +323,13 @@ def interrupted_in(function: str) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def functions_of_main() -> list[str]:
-    frame, names = sys._current_frames()[threading.main_thread().ident or 0], []
-    while frame is not None:
-        names.append(frame.f_code.co_name)
-        frame = frame.f_back
+def functions_running() -> set[str]:
+    names = set()
+    for frame in sys._current_frames().values():
+        at: FrameType | None = frame
+        while at is not None:
+            names.add(at.f_code.co_name)
+            at = at.f_back
     return names
 
 
@@ -328,12 +362,16 @@ class TestEnds:
         _, alive = psutil.wait_procs([rank], timeout=30)
         assert not alive
 
-    def test_ctrl_c_while_it_starts_leaves_no_rank(self) -> None:
-        before = set(children())
-        with interrupted_in("model"), pytest.raises(KeyboardInterrupt):
+    @pytest.mark.parametrize("moment", ["model", "roll_call"])
+    def test_ctrl_c_while_it_starts_leaves_no_rank_and_no_thread(self, moment: str) -> None:
+        before, others = set(children()), set(threading.enumerate())
+        with interrupted_in(moment), pytest.raises(KeyboardInterrupt):
             LLM(DEMO, tensor_parallel_size=2, **SMALL)
         _, alive = psutil.wait_procs(list(set(children()) - before), timeout=30)
         assert not alive
+        for thread in set(threading.enumerate()) - others:
+            thread.join(30)
+            assert not thread.is_alive()
 
     def test_a_closed_one_says_so(self) -> None:
         llm = LLM(DEMO, **SMALL)

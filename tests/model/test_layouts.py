@@ -91,8 +91,16 @@ def test_sampled_tokens_do_not_depend_on_the_layout(case: str, tp: int, pp: int,
 @pytest.mark.parametrize("way", list(pressure.WAYS))
 @pytest.mark.parametrize(("name", "tp", "pp"), PRESSED)
 def test_scheduling_does_not_show_in_the_answers(name: str, tp: int, pp: int, way: str, cells: Path) -> None:
-    alone = torch.load(cells / f"{name} 1 1 pressure.pt")["one by one"]
+    shared = [request.id for request in pressure.mixed_requests() if pressure.can_share(request, pressure.WAYS[way])]
+    known = torch.load(cells / f"{name} 1 1 pressure.pt")["one by one"]
+    alone = {key: answer for key, answer in known.items() if key[0] in shared}
     answers, num_preemptions, num_reused = torch.load(cells / f"{name} {tp} {pp} pressure.pt")[way]
-    assert answers == alone and len(answers) == 8
+    assert len(known) == 11 and answers.keys() == alone.keys()
+    for key, (tokens, numbers) in answers.items():
+        expected, expected_numbers = alone[key]
+        assert tokens == expected
+        scale = max(map(abs, expected_numbers), default=0)  # a float32 logit is not known any better
+        assert numbers == pytest.approx(expected_numbers, rel=0, abs=1e-5 * scale)
+    assert sum(len(numbers) for _, numbers in answers.values()) > 200
     assert (num_preemptions > 0) == (pressure.WAYS[way].spare is not None)
     assert num_reused > 0 or not pressure.WAYS[way].reuse

@@ -24,6 +24,11 @@ def test_missing_ranks_are_named():
         roll_call(store, Place(0, 4), timeout=0.1)
 
 
+def test_a_loss_ends_the_waiting_at_once():
+    with pytest.raises(RendezvousError, match="rank 1 died"):
+        roll_call(dist.HashStore(), Place(0, 2), timeout=3600, loss=lambda: "rank 1 died")
+
+
 def test_a_rank_number_that_two_processes_claim_is_refused():
     store = dist.HashStore()
     store.add("arrivals/0", 1)

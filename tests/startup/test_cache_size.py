@@ -61,7 +61,7 @@ def test_more_than_all_sequences_can_use_is_not_taken():
 
 
 def test_a_cache_without_room_for_a_block_is_refused():
-    with pytest.raises(ValueError, match="one cache block of 128 tokens, 2.0 MiB; raise --kv-cache-memory"):
+    with pytest.raises(ValueError, match=r"one cache block of 128 tokens, 2.0 MiB; raise kv_cache_memory \(--kv-cache"):
         blocks(others=0, kv_cache_memory=1)
 
 

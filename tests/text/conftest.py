@@ -7,12 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 from tests.text import folders
-
-# Property tests try the same examples in every run, on a machine of any speed, and leave nothing behind.
-SAME_EVERY_TIME = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 KINDS = ("llama2", "llama2_json", "llama2_older", "llama3", "qwen2", "qwen3")
 

@@ -16,7 +16,6 @@ from sentencepiece import SentencePieceProcessor
 from mindgen.text.stream import Detokenizer
 from mindgen.text.tokenizer import LoadedTokenizer, end_of_text_ids, load_tokenizer
 from tests.text import families
-from tests.text.conftest import SAME_EVERY_TIME
 from tests.text.folders import CORPUS, edit_json, sentencepiece_bytes, write_json
 
 TEXTS = [
@@ -30,7 +29,7 @@ TEXTS = [
 ]
 PIECES = ("chatglm", "baichuan", "internlm2")
 
-fast = settings(SAME_EVERY_TIME, max_examples=100)
+fast = settings(max_examples=100)
 
 
 @pytest.fixture(scope="module")

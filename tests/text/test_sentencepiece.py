@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
 from mindgen.text.tokenizer import LoadedTokenizer, load_tokenizer
-from tests.text.conftest import SAME_EVERY_TIME
 from tests.text.folders import edit_json, sentencepiece_bytes, write_json
 
 TEXTS = [
@@ -30,7 +29,7 @@ TEXTS = [
     "שלום e\u0301",
 ]
 
-fast = settings(SAME_EVERY_TIME, max_examples=100)
+fast = settings(max_examples=100)
 
 
 @pytest.fixture

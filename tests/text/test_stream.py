@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 from mindgen.text.stream import MAX_HELD, Detokenizer, StopMatcher
 from mindgen.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tests.text import families
-from tests.text.conftest import SAME_EVERY_TIME
 from tests.text.folders import sentencepiece_bytes
 
 EMOJI = "ok 😀👩‍👩‍👧 你好, wörld"
 
 WAYS = ("llama2", "llama2_json", "llama2_older", "llama3", "qwen2", "pieces", "pieces_default", "chatglm", "ranks")
 
-thorough = settings(SAME_EVERY_TIME, max_examples=150)
+thorough = settings(max_examples=150)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +196,7 @@ def run_matcher(pieces: Sequence[str], stops: Sequence[str]) -> tuple[str, bool]
     pieces=st.lists(st.text("abc", max_size=4), max_size=12),
     stops=st.lists(st.text("abc", min_size=1, max_size=5), max_size=4),
 )
-@settings(SAME_EVERY_TIME, max_examples=300)
+@settings(max_examples=300)
 def test_the_text_is_cut_before_the_first_stop_however_it_is_cut_into_pieces(
     pieces: list[str], stops: list[str]
 ) -> None:
@@ -205,7 +204,7 @@ def test_the_text_is_cut_before_the_first_stop_however_it_is_cut_into_pieces(
 
 
 @given(pieces=st.lists(st.text("ab", max_size=3), max_size=8), stops=st.lists(st.text("ab", min_size=1), min_size=1))
-@settings(SAME_EVERY_TIME, max_examples=300)
+@settings(max_examples=300)
 def test_nothing_that_could_become_a_stop_is_ever_shown(pieces: list[str], stops: list[str]) -> None:
     matcher, pushed, shown = StopMatcher(stops), "", ""
     for piece in pieces:

@@ -24,7 +24,7 @@ from mindgen.text.huggingface import load_with_transformers
 from mindgen.text.tokenizer import LoadedTokenizer, end_of_text_ids, load_tokenizer
 from mindgen.text.tokenizer_json import JsonVocabulary, load_plain_tokenizer_json
 from tests.text import folders
-from tests.text.conftest import KINDS, SAME_EVERY_TIME
+from tests.text.conftest import KINDS
 from tests.text.folders import edit_json, write_json
 
 TEXTS = [
@@ -54,7 +54,7 @@ TAKES_THE_SHORT_WAY = {
     "qwen3": True,
 }
 
-fast = settings(SAME_EVERY_TIME, max_examples=60)
+fast = settings(max_examples=60)
 
 
 @pytest.fixture

@@ -1,0 +1,53 @@
+"""What a configuration takes, wherever it is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mindgen import LLM, EngineConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_size": "4"}, "block_size is '4'; it must be of type int"),
+        ({"tensor_parallel_size": True}, "tensor_parallel_size is True; it must be of type int"),
+        ({"dtype": "fp99"}, "dtype is 'fp99'; choose one of fp32, bf16, fp16"),
+        ({"device": None}, "device is None; choose one of auto"),
+        ({"prefix_reuse": "no"}, "prefix_reuse is 'no'; it must be of type bool"),
+        ({"kv_cache_memory": "1"}, "kv_cache_memory is '1'; it must be of type float"),
+        ({"num_layer_list": ()}, r"num_layer_list is \(\); it must be a tuple or list of whole numbers, for example"),
+        ({"num_layer_list": "3,2"}, "num_layer_list is '3,2'; it must be a tuple or list of whole numbers"),
+        ({"num_layer_list": (1, 1.5)}, r"num_layer_list is \(1, 1.5\); it must be a tuple or list of whole numbers"),
+    ],
+)
+def test_a_value_of_another_type_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig("model", **options)
+    with pytest.raises(ValueError, match=message):
+        LLM("model", **options)
+
+
+def test_a_list_is_kept_as_a_tuple() -> None:
+    assert EngineConfig("model", num_layer_list=[3, 2]) == EngineConfig("model", num_layer_list=(3, 2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", [None, 5, True, ["a"]])
+def test_what_is_no_model_is_named(model: Any) -> None:
+    with pytest.raises(ValueError, match="model is .*; it must be"):
+        LLM(model)
+    with pytest.raises(ValueError, match="model is .*; it must be|no model given"):
+        EngineConfig(model)
+
+
+def test_no_model_says_how_one_is_given() -> None:
+    with pytest.raises(ValueError, match=r"no model given; model \(--load\) names a Hugging Face folder"):
+        LLM("")
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        LLM(tmp_path / "nowhere")
