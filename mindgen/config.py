@@ -32,6 +32,11 @@ class EngineConfig:
         None, "ranks that share each layer (default: all ranks)", "--tensor-model-parallel-size"
     )
     pipeline_parallel_size: int = option(1, "stages that share the layers", "--pipeline-model-parallel-size")
+    expert_parallel_size: int = option(
+        1,
+        "groups of tensor ranks that share out the experts; the ranks of a group share each of its experts",
+        "--expert-model-parallel-size",
+    )
     num_layer_list: tuple[int, ...] | None = option(
         None, "layers of each stage, e.g. 3,2 (default: as even as possible)", metavar="N,N,..."
     )
@@ -59,7 +64,8 @@ class EngineConfig:
             object.__setattr__(self, "num_layer_list", tuple(layers))
         for item in fields(self):
             _check_type(item.name, getattr(self, item.name), str(item.type), item.metadata.get("choices"))
-        for name in ("tensor_parallel_size", "pipeline_parallel_size", "block_size", "max_batch_tokens"):
+        sizes = ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size")
+        for name in (*sizes, "block_size", "max_batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")

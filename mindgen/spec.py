@@ -20,9 +20,11 @@ def _flag(*names: str, default: Any = ...) -> Any:
 class RopeScaling:
     """How rotary frequencies are stretched beyond the original context.
 
-    `kind` is `linear`, `llama3` or `yarn`, as in transformers' `rope_parameters`. `original_max_positions` is in
-    tokens. `low_freq_factor` and `high_freq_factor` belong to `llama3`; the other fields to `yarn` (Peng et al. 2023),
+    `kind` is `linear`, `llama3`, `yarn` or `longrope`, as in transformers' `rope_parameters`. `original_max_positions`
+    is in tokens. `low_freq_factor` and `high_freq_factor` belong to `llama3`, the betas to `yarn` (Peng et al. 2023),
     where an `attention_factor` of None means 0.1 ln(factor) + 1.
+    `longrope` (Ding et al. 2024) divides each frequency by a factor of its own, one set up to the original context and
+    another beyond; an `attention_factor` of None means sqrt(1 + ln(factor) / ln(original_max_positions)).
     """
 
     kind: str = _flag("--rope-scaling-type")
@@ -35,12 +37,15 @@ class RopeScaling:
     beta_fast: float | None = _flag("--rope-scaling-beta-fast", default=None)
     beta_slow: float | None = _flag("--rope-scaling-beta-slow", default=None)
     attention_factor: float | None = None
+    short_factors: tuple[float, ...] | None = None
+    long_factors: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         needed = {
             "linear": ("factor",),
             "llama3": ("factor", "original_max_positions", "low_freq_factor", "high_freq_factor"),
             "yarn": ("factor", "original_max_positions", "beta_fast", "beta_slow"),
+            "longrope": ("factor", "original_max_positions", "short_factors", "long_factors"),
         }
         if self.kind not in needed:
             raise ValueError(f"rope scaling type {self.kind!r} is not implemented; mindgen has {', '.join(needed)}")
@@ -50,8 +55,10 @@ class RopeScaling:
                 f"rope scaling {self.kind!r} needs {', '.join(missing)}, which the checkpoint does not state"
             )
         for item in fields(self):
-            if item.name not in ("kind", "original_max_positions"):
+            if str(item.type).startswith("float"):
                 _check_number(f"rope scaling {item.name}", getattr(self, item.name), optional=True)
+        for number in (*(self.short_factors or ()), *(self.long_factors or ())):
+            _check_number("a rope scaling factor", number)
         if self.original_max_positions is not None:
             _check_size("rope scaling original_max_positions", self.original_max_positions)
         low, high = self.low_freq_factor, self.high_freq_factor
@@ -59,11 +66,30 @@ class RopeScaling:
             raise ValueError(f"rope scaling low_freq_factor {low} must be below high_freq_factor {high}")
 
 
+NORMALIZATIONS = ("RMSNorm", "LayerNorm")
+POSITIONS = ("rope", "alibi", "learned_absolute")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """What a model is. Sizes are in elements, `max_positions` and `sliding_window` in tokens.
 
     `vocab_size` is the true size: padding belongs to a layout, not to the model. `dtype` is how the weights are stored.
+    Fields with a default have the value of Llama.
+
+    rope_theta, rope_scaling, rotary_percent, rotary_interleaved: of models whose `positions` are `rope`; the first
+        `rotary_percent` of a head is turned, in pairs of neighbours if interleaved, of its two halves if not.
+    sliding_layers: the layers that see only the last `sliding_window` tokens; None is all of them.
+    norm_offset: norms multiply by 1 + weight. embedding_scale: embeddings are multiplied by sqrt(hidden_size).
+    query_scalar: scores are divided by its square root; None is head_dim.
+    attention_softcap, logits_softcap: x becomes cap * tanh(x / cap).
+    normalised_head: rows of the output layer are divided by their length.
+    num_experts: of a layer in place of one MLP, and how many of them a token goes to (`experts_per_token`); `ffn_size`
+        is then that of the other layers only. Weights of a token's experts sum to one if `renormalise_experts`.
+    shared_ffn_size: of the expert that every token goes to; None without one.
+    expert_layers: the layers that have experts; None is all of them.
+
     Raises ValueError for sizes that no model has and for heads that do not divide.
     """
 
@@ -77,30 +103,125 @@ class ModelSpec:
     vocab_size: int = _flag("--vocab-size")
     max_positions: int = _flag("--max-position-embeddings")
     norm_epsilon: float = _flag("--norm-epsilon")
-    rope_theta: float = _flag("--rotary-base")
-    rope_scaling: RopeScaling | None = _flag()
     tie_embeddings: bool = _flag("--untie-embeddings-and-output-weights")
     dtype: str = _flag()
+    positions: str = _flag("--position-embedding-type", default="rope")
+    rope_theta: float = _flag("--rotary-base", default=10000.0)
+    rope_scaling: RopeScaling | None = _flag(default=None)
+    rotary_percent: float = _flag("--rotary-percent", default=1.0)
+    rotary_interleaved: bool = _flag("--rotary-interleaved", "--use-glm-rope", default=False)
     sliding_window: int | None = _flag("--sliding-window", default=None)
+    sliding_layers: tuple[int, ...] | None = _flag(default=None)
+    normalization: str = _flag("--normalization", default="RMSNorm")
+    norm_offset: bool = _flag("--add-rmsnorm-offset", default=False)
+    activation: str = _flag(default="silu")
+    embedding_scale: bool = _flag("--input-embeds-norm", default=False)
+    query_scalar: float | None = _flag("--query-pre-attn-scalar", default=None)
+    attention_softcap: float | None = _flag("--attn-logit-softcapping", default=None)
+    logits_softcap: float | None = _flag("--output-logit-softcapping", default=None)
+    normalised_head: bool = _flag(default=False)
+    num_experts: int | None = _flag("--num-experts", default=None)
+    experts_per_token: int | None = _flag("--moe-router-topk", default=None)
+    expert_ffn_size: int | None = _flag("--moe-ffn-hidden-size", "--moe-intermediate-size", default=None)
+    shared_ffn_size: int | None = _flag("--moe-shared-expert-intermediate-size", default=None)
+    renormalise_experts: bool = _flag("--norm-topk-prob", default=True)
+    expert_layers: tuple[int, ...] | None = _flag(default=None)
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            if item.type == "int":
-                _check_size(item.name, getattr(self, item.name))
-        if self.sliding_window is not None:
-            _check_size("sliding_window", self.sliding_window)
-        _check_number("norm_epsilon", self.norm_epsilon)
-        _check_number("rope_theta", self.rope_theta)
-        if self.rope_theta <= 1:
-            raise ValueError(f"rope_theta is {self.rope_theta}; it must be above 1")
-        if not isinstance(self.tie_embeddings, bool):
-            raise ValueError(f"tie_embeddings is {self.tie_embeddings!r}; it must be true or false")
+            value = getattr(self, item.name)
+            if item.type == "int" or (item.type == "int | None" and value is not None):
+                _check_size(item.name, value)
+            elif item.type in ("float", "float | None"):
+                _check_number(item.name, value, optional="None" in str(item.type))
+            elif item.type == "bool" and not isinstance(value, bool):
+                raise ValueError(f"{item.name} is {value!r}; it must be true or false")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; mindgen implements {', '.join(allowed)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} attention heads cannot share {self.num_kv_heads} KV heads evenly")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding turns pairs, so it must be even")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is not supported; weights may be stored as {', '.join(DTYPES)}")
+        if self.normalised_head and self.tie_embeddings:
+            raise ValueError("normalised_head is not implemented with tie_embeddings; no published model has both")
+        self._check_rotary()
+        self._check_sliding()
+        self._check_experts()
+
+    @property
+    def context(self) -> int:
+        """The most tokens of a sequence: `max_positions`, but with `longrope` those before the factors change, since
+        keys that are cached would have to be computed anew."""
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind != "longrope" or scaling.original_max_positions is None:
+            return self.max_positions
+        return min(self.max_positions, scaling.original_max_positions)
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many elements of a head are turned."""
+        return int(self.head_dim * self.rotary_percent)
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens a layer sees; None is all before."""
+        slides = self.sliding_layers is None or layer in self.sliding_layers
+        return self.sliding_window if slides else None
+
+    @property
+    def widest_window(self) -> int | None:
+        """How many tokens a layer sees at most; None if one sees all before."""
+        windows = [self.window(layer) for layer in range(self.num_layers)]
+        return None if None in windows else self.sliding_window
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts instead of one MLP."""
+        return self.num_experts is not None and (self.expert_layers is None or layer in self.expert_layers)
+
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether some layers have one MLP."""
+        with_experts = self.num_layers if self.expert_layers is None else len(self.expert_layers)
+        return self.num_experts is None or with_experts < self.num_layers
+
+    def _check_rotary(self) -> None:
+        if self.rope_theta <= 1:
+            raise ValueError(f"rope_theta is {self.rope_theta}; it must be above 1")
+        if self.rotary_percent > 1:
+            raise ValueError(f"rotary_percent is {self.rotary_percent}; it must be a part of a head, at most 1")
+        factors = self.rope_scaling.short_factors if self.rope_scaling else None
+        if factors is not None and len(factors) != self.rotary_dim // 2:
+            raise ValueError(f"longrope has {len(factors)} factors for {self.rotary_dim // 2} frequencies")
+        if self.positions == "rope" and self.rotary_dim % 2:
+            raise ValueError(f"{self.rotary_dim} elements of a head are turned; rotary embedding turns pairs")
+
+    def _check_sliding(self) -> None:
+        if self.sliding_layers is not None and self.sliding_window is None:
+            raise ValueError(f"sliding_layers is {self.sliding_layers!r} without a sliding_window; state both")
+        self._check_layers("sliding_layers")
+
+    def _check_experts(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("num_experts", "experts_per_token", "expert_ffn_size")}
+        if self.num_experts is None:
+            more = sizes | {"shared_ffn_size": self.shared_ffn_size, "expert_layers": self.expert_layers}
+            if any(value is not None for value in more.values()):
+                raise ValueError(f"{more} describes experts of which there are none; state num_experts too")
+            return
+        missing = [name for name, value in sizes.items() if value is None]
+        if missing:
+            raise ValueError(f"{self.num_experts} experts need {', '.join(missing)}, which is not stated")
+        if self.experts_per_token > self.num_experts:  # type: ignore[operator]
+            raise ValueError(f"experts_per_token is {self.experts_per_token}, of {self.num_experts} experts")
+        self._check_layers("expert_layers")
+
+    def _check_layers(self, name: str) -> None:
+        layers = getattr(self, name)
+        if layers is None:
+            return
+        last = self.num_layers - 1
+        if not isinstance(layers, tuple) or not all(isinstance(n, int) and 0 <= n <= last for n in layers):
+            raise ValueError(f"{name} {layers!r} must be numbers of layers, from 0 to {last}")
+
+
+_CHOICES = {"positions": POSITIONS, "normalization": NORMALIZATIONS, "activation": ACTIVATIONS, "dtype": DTYPES}
 
 
 def _check_size(name: str, value: object) -> None:

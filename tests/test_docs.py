@@ -14,6 +14,7 @@ import pytest
 
 from mindgen.commands import bench, convert, engine_test, generate, predict, run_generator
 from mindgen.weights.families import FAMILIES
+from tests.family_lines import family_lines
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,9 +33,10 @@ def flag_table(parser: argparse.ArgumentParser) -> str:
 
 
 def family_table() -> str:
-    """Every family with its class in transformers and how many rows it has."""
-    rows = ["| `model_type` | class in transformers | rows |", "|---|---|---|"]
-    rows += [f"| `{name}` | `{family.architecture}` | {len(family.rows)} |" for name, family in FAMILIES.items()]
+    """Every family with the class that its files name, how many rows it has, and how many lines of source it takes."""
+    rows = ["| `model_type` | architecture | rows | lines |", "|---|---|---|---|"]
+    for name, lines in family_lines().items():
+        rows.append(f"| `{name}` | `{FAMILIES[name].architecture}` | {len(FAMILIES[name].rows)} | {lines} |")
     return "\n".join(rows)
 
 
@@ -59,6 +61,13 @@ def test_a_table_is_that_of_the_code(name: str) -> None:
     found = marked(name).search((ROOT / file).read_text(encoding="utf-8"))
     assert found is not None, f"{file} has no table {name!r}"
     assert found[0] == f"{found[1]}{make()}{found[2]}", "write it anew: python -m tests.test_docs"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_dense_variant_takes_five_lines_and_a_new_kind_sixty(name: str) -> None:
+    """A variant has the data flow of one that is there, and at most other names or packing."""
+    variants = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")
+    assert 0 < family_lines()[name] <= (5 if name in variants else 60)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

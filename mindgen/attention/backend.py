@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from mindgen.attention.scores import Scores
+
 if TYPE_CHECKING:  # the engine stands above attention: only the shapes of its values are known here
     from mindgen.engine.batch import Batch
     from mindgen.engine.kv_cache import KVCache
@@ -27,7 +29,8 @@ class AttentionContext(Protocol):
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention of one layer, the new keys and values stored first.
 
-        `layer` counts within the stage. query [T, H, D], key and value [T, G, D] -> [T, H, D]; scaled by D ** -0.5.
+        `layer` counts within the stage. query [T, H, D], key and value [T, G, D] -> [T, H, D]; scaled, capped and
+        masked as the model's Scores say.
         """
         ...
 
@@ -45,11 +48,11 @@ class AttentionBackend(Protocol):
 BACKENDS = ("cpu", "sdpa", "reference")  # `auto` takes the first that is available
 
 
-def choose_backend(name: str, window: int | None, device: torch.device = CPU) -> AttentionBackend:
+def choose_backend(name: str, scores: Scores, device: torch.device = CPU) -> AttentionBackend:
     """The backend called `name` for a device; `auto` is the first of BACKENDS that is available there.
 
-    `window` is the model's sliding window in tokens, or None. Raises ValueError for an unknown name, and for a backend
-    that cannot run there, saying why.
+    `scores` is what the model's attention computes. Raises ValueError for an unknown name, and for a backend that
+    cannot run there, saying why.
     """
     if name == "auto":
         name = next(backend for backend in BACKENDS if unavailable(backend, device) is None)
@@ -59,7 +62,7 @@ def choose_backend(name: str, window: int | None, device: torch.device = CPU) ->
     if reason is not None:
         others = [backend for backend in BACKENDS if unavailable(backend, device) is None]
         raise ValueError(f"attention backend {name!r} cannot run: {reason}; choose one of auto, {', '.join(others)}")
-    return _classes()[name](window)
+    return _classes()[name](scores)
 
 
 def unavailable(name: str, device: torch.device) -> str | None:
@@ -69,7 +72,7 @@ def unavailable(name: str, device: torch.device) -> str | None:
     return None
 
 
-def _classes() -> dict[str, Callable[[int | None], AttentionBackend]]:
+def _classes() -> dict[str, Callable[[Scores], AttentionBackend]]:
     from mindgen.attention.cpu import CpuAttention
     from mindgen.attention.reference import ReferenceAttention
     from mindgen.attention.sdpa import SdpaAttention

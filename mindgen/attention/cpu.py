@@ -14,10 +14,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mindgen.attention.reference import visible
+from mindgen.attention.scores import Scores, attend
 
 _ROWS = 32  # queries at a time: their scores stay in the cache, and little is computed that the mask throws away
 _MANY = 4  # from so many sequences on, separate products are faster than SDPA (8 of 160 tokens: by a quarter)
@@ -32,24 +32,25 @@ class CpuAttention:
 
     name = "cpu"
 
-    def __init__(self, window: int | None):
-        self.window = window
+    def __init__(self, scores: Scores):
+        self.scores = scores
 
     def prepare(self, batch: Batch, cache: KVCache | None) -> CpuContext:
-        return CpuContext(batch, cache, self.window)
+        return CpuContext(batch, cache, self.scores)
 
 
 class CpuContext:
     """See AttentionContext. What all layers share (masks, where blocks lie) is made once."""
 
-    def __init__(self, batch: Batch, cache: KVCache | None, window: int | None):
-        self._cache, self._window = cache, window
+    def __init__(self, batch: Batch, cache: KVCache | None, scores: Scores):
+        self._cache, self._scores = cache, scores
         self.positions = batch.positions
         self._slots = batch.slots
         starts, lengths = batch.query_starts.tolist(), batch.context_lens.tolist()
         counts = [stop - start for start, stop in pairwise(starts)]
         single = [index for index, count in enumerate(counts) if count == 1 and cache is not None]
-        self._decodes = _decodes(batch, cache, single, starts, lengths, window) if cache and single else None
+        self._decodes = _decodes(batch, cache, single, starts, lengths) if cache and single else None
+        self._biases: dict[int | None, Tensor | None] = {}  # for each window, what decodes add to their scores
         self._only_decodes = len(single) == len(counts)
         self._prompts = [
             _Prompt(starts[index], count, lengths[index], _past(batch, cache, index, lengths[index], count))
@@ -77,7 +78,11 @@ class CpuContext:
         keys = decodes.blocks.of(self._cache.keys[layer])[:, :, : decodes.longest]  # [G, S, L, D]
         values = decodes.blocks.of(self._cache.values[layer])[:, :, : decodes.longest]
         grouped = query.unflatten(1, (len(keys), -1)).transpose(0, 1)  # [G, S, Q, D]
-        attended = (_fused if len(query) < _MANY else _in_products)(grouped, keys, values, decodes.bias)
+        window, scores = self._scores.windows[layer], self._scores
+        if window not in self._biases:
+            self._biases[window] = _decode_bias(decodes, scores, window, len(keys))
+        way = _fused if len(query) < _MANY and scores.softcap is None else _in_products
+        attended = way(grouped, keys, values, scores, self._biases[window])
         return attended.transpose(0, 1).reshape(query.shape)
 
     def _prompt(self, layer: int, prompt: _Prompt, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -87,23 +92,22 @@ class CpuContext:
             keys = prompt.blocks.of(self._cache.keys[layer])[:, 0, : prompt.length]
             values = prompt.blocks.of(self._cache.values[layer])[:, 0, : prompt.length]
         grouped = query.view(prompt.count, len(keys), -1, query.shape[2])  # [N, G, Q, D]
-        return _causal(grouped, keys, values, self._window).flatten(1, 2)
+        return _causal(grouped, keys, values, self._scores, self._scores.windows[layer]).flatten(1, 2)
 
 
-def _fused(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """query [G, S, Q, D], keys and values [G, S, L, D], bias [S, 1, L] -> [G, S, Q, D]."""
-    mask = None if bias is None else bias.to(query.dtype)
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+def _fused(query: Tensor, keys: Tensor, values: Tensor, scores: Scores, bias: Tensor | None) -> Tensor:
+    """query [G, S, Q, D], keys and values [G, S, L, D], bias [S, 1, L] or [G, S, Q, L] -> [G, S, Q, D]."""
+    return attend(query, keys, values, scores, None if bias is None else bias.to(query.dtype))
 
 
-def _in_products(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+def _in_products(query: Tensor, keys: Tensor, values: Tensor, scores: Scores, bias: Tensor | None) -> Tensor:
     """The same with float32 scores, as SDPA has them: those of bfloat16 would be rounded before they are scaled."""
-    scores = torch.matmul(query.float() * query.shape[-1] ** -0.5, keys.float().transpose(-1, -2))
-    weights = (scores if bias is None else scores.add_(bias)).softmax(-1)
+    products = scores.capped(torch.matmul(query.float() * scores.scale, keys.float().transpose(-1, -2)))
+    weights = (products if bias is None else products.add_(bias)).softmax(-1)
     return torch.matmul(weights.to(values.dtype), values)
 
 
-def _causal(query: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+def _causal(query: Tensor, keys: Tensor, values: Tensor, scores: Scores, window: int | None) -> Tensor:
     """query [N, G, Q, D] at the end of a context, keys and values [G, L, D] -> [N, G, Q, D].
 
     A few queries at a time, against those keys that one of them sees. Scores are float32, so that they are rounded
@@ -117,13 +121,16 @@ def _causal(query: Tensor, keys: Tensor, values: Tensor, window: int | None) -> 
         stop = min(start + _ROWS, count)
         end = length - count + stop
         first = 0 if window is None else max(0, end - (stop - start) - window + 1)
-        rows = (query[start:stop].transpose(0, 1).float() * head_dim**-0.5).flatten(1, 2)  # [G, n * Q, D]
-        scores = torch.bmm(rows, wide[:, first:end].transpose(1, 2)).view(heads, stop - start, shared, -1)
+        rows = (query[start:stop].transpose(0, 1).float() * scores.scale).flatten(1, 2)  # [G, n * Q, D]
+        products = scores.capped(torch.bmm(rows, wide[:, first:end].transpose(1, 2)))
+        products = products.view(heads, stop - start, shared, -1)
+        bias = scores.bias(torch.arange(end - (stop - start), end), torch.arange(first, end))  # [n, H, L]
+        if bias is not None:
+            products += bias.unflatten(1, (heads, shared)).transpose(0, 1)
         unsure = end - first if window is not None else stop - start  # keys that not all of these queries see
-        scores[..., -unsure:] += _bias(visible(stop - start, end - first, window, query.device)[:, -unsure:]).unsqueeze(
-            1
-        )
-        weights = scores.softmax(-1).to(values.dtype).flatten(1, 2)
+        seen = visible(stop - start, end - first, window, query.device)[:, -unsure:]
+        products[..., -unsure:] += _hidden(seen).unsqueeze(1)
+        weights = products.softmax(-1).to(values.dtype).flatten(1, 2)
         attended = torch.bmm(weights, values[:, first:end])  # [G, n * Q, D]
         output[start:stop] = attended.view(heads, stop - start, shared, head_dim).transpose(0, 1)
     return output
@@ -159,12 +166,12 @@ class _Prompt:
 
 @dataclass(frozen=True)
 class _Decodes:
-    """The sequences with one query: where it lies, their blocks, and which slots of those they see."""
+    """The sequences with one query: where it lies, their blocks, and how much of those is theirs."""
 
     rows: Tensor  # [S]
     blocks: _Blocks
     longest: int
-    bias: Tensor | None  # [S, 1, L] float32, to be added to scores; None if all see all
+    context: Tensor  # [S, 1] tokens
 
 
 def _past(batch: Batch, cache: KVCache | None, index: int, length: int, count: int) -> _Blocks | None:
@@ -173,24 +180,29 @@ def _past(batch: Batch, cache: KVCache | None, index: int, length: int, count: i
     return _Blocks(batch.block_tables[index : index + 1, : -(-length // cache.block_size)])
 
 
-def _decodes(
-    batch: Batch, cache: KVCache, single: list[int], starts: list[int], lengths: list[int], window: int | None
-) -> _Decodes:
+def _decodes(batch: Batch, cache: KVCache, single: list[int], starts: list[int], lengths: list[int]) -> _Decodes:
     longest = max(lengths[index] for index in single)
     width = -(-longest // cache.block_size)
     context = batch.context_lens[single].unsqueeze(1)  # [S, 1]
     table = batch.block_tables[single, :width]
     # Behind its end a sequence reads its own first block: numbers of others could be anything, and 0 times NaN is NaN.
     table = torch.where(torch.arange(width) * cache.block_size < context, table, table[:, :1])
-    columns = torch.arange(longest)
-    seen = columns < context
+    return _Decodes(torch.tensor([starts[index] for index in single]), _Blocks(table), longest, context)
+
+
+def _decode_bias(decodes: _Decodes, scores: Scores, window: int | None, heads: int) -> Tensor | None:
+    """What decodes add to their scores, float32: [S, 1, L], with ALiBi [G, S, Q, L]; None if all see all."""
+    columns = torch.arange(decodes.longest)
+    seen = columns < decodes.context
     if window is not None:
-        seen &= columns >= context - window
-    bias = None if bool(seen.all()) else _bias(seen).unsqueeze(1)
-    return _Decodes(torch.tensor([starts[index] for index in single]), _Blocks(table), longest, bias)
+        seen &= columns >= decodes.context - window
+    alibi = scores.bias(decodes.context.squeeze(1) - 1, columns)  # [S, H, L]
+    if alibi is not None:
+        return (alibi + _hidden(seen).unsqueeze(1)).unflatten(1, (heads, -1)).transpose(0, 1)
+    return None if bool(seen.all()) else _hidden(seen).unsqueeze(1)
 
 
-def _bias(seen: Tensor) -> Tensor:
+def _hidden(seen: Tensor) -> Tensor:
     """What is added to scores: 0 where `seen`, else minus infinity; float32. Five times as fast as filling in."""
     return torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
 

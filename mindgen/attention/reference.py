@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mindgen.attention.scores import Scores
+
 if TYPE_CHECKING:
     from mindgen.engine.batch import Batch
     from mindgen.engine.kv_cache import KVCache
@@ -20,18 +22,18 @@ class ReferenceAttention:
 
     name = "reference"
 
-    def __init__(self, window: int | None):
-        self.window = window
+    def __init__(self, scores: Scores):
+        self.scores = scores
 
     def prepare(self, batch: Batch, cache: KVCache | None) -> ReferenceContext:
-        return ReferenceContext(batch, cache, self.window)
+        return ReferenceContext(batch, cache, self.scores)
 
 
 class ReferenceContext:
     """See AttentionContext."""
 
-    def __init__(self, batch: Batch, cache: KVCache | None, window: int | None):
-        self._batch, self._cache, self._window = batch, cache, window
+    def __init__(self, batch: Batch, cache: KVCache | None, scores: Scores):
+        self._batch, self._cache, self._scores = batch, cache, scores
         self.positions = batch.positions
         self._bounds = list(zip(batch.query_starts[:-1].tolist(), batch.query_starts[1:].tolist(), strict=True))
         self._lengths = batch.context_lens.tolist()
@@ -42,7 +44,7 @@ class ReferenceContext:
         parts = []
         for index, ((start, stop), length) in enumerate(zip(self._bounds, self._lengths, strict=True)):
             keys, values = self._context(layer, index, length, key[start:stop], value[start:stop])
-            parts.append(_attend(query[start:stop], keys, values, self._window))
+            parts.append(_attend(query[start:stop], keys, values, self._scores, self._scores.windows[layer]))
         return torch.cat(parts)
 
     def _context(self, layer: int, index: int, length: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,15 +57,19 @@ class ReferenceContext:
         )
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+def _attend(query: Tensor, keys: Tensor, values: Tensor, scores: Scores, window: int | None) -> Tensor:
     """query [N, H, D], keys and values [L, G, D] -> [N, H, D]."""
-    queries, heads, head_dim = query.shape
+    queries, heads, _ = query.shape
     repeats = heads // keys.shape[1]
     keys = keys.repeat_interleave(repeats, dim=1).float()
     values = values.repeat_interleave(repeats, dim=1).float()
-    scores = torch.einsum("nhd,lhd->hnl", query.float(), keys) * head_dim**-0.5
-    scores = scores.masked_fill(~visible(queries, len(keys), window, query.device), float("-inf"))
-    return torch.einsum("hnl,lhd->nhd", scores.softmax(-1), values).to(query.dtype)
+    products = scores.capped(torch.einsum("nhd,lhd->hnl", query.float(), keys) * scores.scale)
+    context = torch.arange(len(keys), device=query.device)
+    bias = scores.bias(context[-queries:], context)  # [N, H, L]
+    if bias is not None:
+        products += bias.transpose(0, 1)
+    products = products.masked_fill(~visible(queries, len(keys), window, query.device), float("-inf"))
+    return torch.einsum("hnl,lhd->nhd", products.softmax(-1), values).to(query.dtype)
 
 
 def visible(queries: int, length: int, window: int | None, device: torch.device) -> Tensor:

@@ -11,10 +11,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mindgen.attention.reference import visible
+from mindgen.attention.scores import Scores, attend
 
 if TYPE_CHECKING:
     from mindgen.engine.batch import Batch
@@ -26,18 +26,18 @@ class SdpaAttention:
 
     name = "sdpa"
 
-    def __init__(self, window: int | None):
-        self.window = window
+    def __init__(self, scores: Scores):
+        self.scores = scores
 
     def prepare(self, batch: Batch, cache: KVCache | None) -> SdpaContext:
-        return SdpaContext(batch, cache, self.window)
+        return SdpaContext(batch, cache, self.scores)
 
 
 class SdpaContext:
     """See AttentionContext. What all layers share (masks, block indices) is made once."""
 
-    def __init__(self, batch: Batch, cache: KVCache | None, window: int | None):
-        self._cache, self._window = cache, window
+    def __init__(self, batch: Batch, cache: KVCache | None, scores: Scores):
+        self._cache, self._scores = cache, scores
         self._device = torch.device("cpu") if cache is None else cache.keys[0].device
         self.positions = batch.positions.to(self._device)
         self._slots = batch.slots.to(self._device)
@@ -49,6 +49,7 @@ class SdpaContext:
             for index in range(len(counts))
             if counts[index] > 1 or cache is None
         ]
+        self._masks: dict[int | None, Tensor] = {}
         self._decodes = self._gather(batch, single, starts, lengths) if single else None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -73,15 +74,26 @@ class SdpaContext:
         width = -(-longest // self._cache.block_size)
         context = batch.context_lens[single].unsqueeze(1)  # [S, 1]
         columns = torch.arange(width * self._cache.block_size)
-        seen = columns < context
-        if self._window is not None:
-            seen &= columns >= context - self._window
         return _Decodes(
             rows=torch.tensor([starts[index] for index in single], device=self._device),
             blocks=batch.block_tables[single, :width].to(self._device),
-            seen=seen[:, None, None].to(self._device),
-            unseen=(~seen)[:, :, None, None].to(self._device),
+            context=context.to(self._device),
+            columns=columns.to(self._device),
+            unseen=(columns >= context)[:, :, None, None].to(self._device),
         )
+
+    def _mask(self, decodes: _Decodes, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
+        """Which keys each decoding sequence sees, [S, 1, 1, L] of bool, or with ALiBi what is added, [S, G, Q, L]."""
+        if window not in self._masks:
+            seen = decodes.columns < decodes.context
+            if window is not None:
+                seen &= decodes.columns >= decodes.context - window
+            bias = self._scores.bias(decodes.context.squeeze(1) - 1, decodes.columns)  # [S, H, L]
+            mask = seen[:, None, None]
+            if bias is not None:
+                mask = bias.unflatten(1, (groups, -1)).masked_fill(~mask, float("-inf")).to(dtype)
+            self._masks[window] = mask
+        return self._masks[window]
 
     def _decode(self, layer: int, query: Tensor) -> Tensor:
         """[S, H, D] -> [S, H, D]: one product a KV head serves all its query heads."""
@@ -90,8 +102,8 @@ class SdpaContext:
         keys = self._gathered(self._cache.keys[layer])
         values = self._gathered(self._cache.values[layer])
         grouped = query.view(sequences, keys.shape[1], -1, head_dim)  # [S, G, Q, D]
-        attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._decodes.seen)
-        return attended.view(sequences, heads, head_dim)
+        mask = self._mask(self._decodes, self._scores.windows[layer], keys.shape[1], query.dtype)
+        return attend(grouped, keys, values, self._scores, mask).view(sequences, heads, head_dim)
 
     def _gathered(self, memory: Tensor) -> Tensor:
         """The decoding sequences' keys or values of one layer, [S, G, L, D], zero where nothing is seen.
@@ -107,17 +119,32 @@ class SdpaContext:
         if self._cache is not None and prompt.length > prompt.count:
             key = self._cache.keys[layer][prompt.blocks].flatten(0, 1)[: prompt.length]
             value = self._cache.values[layer][prompt.blocks].flatten(0, 1)[: prompt.length]
-        plain = prompt.length == prompt.count and (self._window is None or prompt.length <= self._window)
-        mask = None if plain else visible(prompt.count, prompt.length, self._window, query.device)
         repeats = query.shape[1] // key.shape[1]
-        attended = F.scaled_dot_product_attention(
+        mask = self._prompt_mask(prompt, self._scores.windows[layer], query.dtype)
+        attended = attend(
             query.transpose(0, 1).unsqueeze(0),
             key.repeat_interleave(repeats, dim=1).transpose(0, 1).unsqueeze(0),
             value.repeat_interleave(repeats, dim=1).transpose(0, 1).unsqueeze(0),
-            attn_mask=mask,
-            is_causal=plain,
+            self._scores,
+            mask,
+            causal=mask is None,
         )
         return attended.squeeze(0).transpose(0, 1)
+
+    def _prompt_mask(self, prompt: _Prompt, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """Which keys each query of a prompt sees, [N, L] of bool, or with ALiBi what is added, [H, N, L].
+
+        None if each sees all before it: kernels are faster without a mask.
+        """
+        plain = prompt.length == prompt.count and (window is None or prompt.length <= window)
+        if plain and self._scores.softcap is None and self._scores.slopes is None:
+            return None
+        seen = visible(prompt.count, prompt.length, window, self._device)
+        context = torch.arange(prompt.length, device=self._device)
+        bias = self._scores.bias(context[-prompt.count :], context)  # [N, H, L]
+        if bias is None:
+            return seen
+        return bias.transpose(0, 1).masked_fill(~seen, float("-inf")).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -132,9 +159,10 @@ class _Prompt:
 
 @dataclass(frozen=True)
 class _Decodes:
-    """The sequences with one query: where it lies, their blocks, and which slots of those they see."""
+    """The sequences with one query: where it lies, their blocks, and how much of those is theirs."""
 
     rows: Tensor  # [S]
     blocks: Tensor  # [S, W]
-    seen: Tensor  # [S, 1, 1, L] of bool
-    unseen: Tensor  # [S, L, 1, 1]
+    context: Tensor  # [S, 1] tokens
+    columns: Tensor  # [L]
+    unseen: Tensor  # [S, L, 1, 1] of bool: behind the end

@@ -16,7 +16,10 @@ _SWITCHES = """
     attention-softmax-in-fp32 no-attention-softmax-in-fp32 accumulate-allreduce-grads-in-fp32
     exit-on-missing-checkpoint use-checkpoint-args no-initialization use-cpu-initialization
     use-distributed-optimizer overlap-grad-reduce overlap-param-gather input-layernorm-in-fp32 norm-in-fp32
-    no-shared-storage no-check-for-nan-in-loss-and-grad reuse-fp32-param jit-compile log-throughput
+    fill-neg-inf no-shared-storage no-check-for-nan-in-loss-and-grad reuse-fp32-param jit-compile log-throughput
+    moe-grouped-gemm moe-permutation-async-comm moe-permute-fusion moe-alltoall-overlap-comm moe-allgather-overlap-comm
+    use-fused-moe-token-permute-and-unpermute moe-pad-expert-input-to-capacity moe-per-layer-logging
+    gemm-gradient-accumulation-fusion
 """.split()
 _VALUES = """
     make-vocab-size-divisible-by
@@ -26,6 +29,7 @@ _VALUES = """
     data-path split data-cache-path num-workers transformer-impl ckpt-format dist-ckpt-format distributed-backend
     distributed-timeout-minutes load-format sparse-mode pre-tockens next-tockens tokenizer-padding-side
     max-tokens-to-oom inference-batch-times-seqlen-threshold
+    moe-router-load-balancing-type moe-aux-loss-coeff moe-z-loss-coeff moe-token-dispatcher-type
 """.split()
 _NO_EFFECT = {f"--{name}": False for name in _SWITCHES} | {f"--{name}": True for name in _VALUES}
 

@@ -55,6 +55,8 @@ def _lines(source: Source) -> Iterator[str]:
     if isinstance(source, MegatronSource):
         layout: dict[str, Any] = {"tensor_parallel_size": source.grid.tp, "pipeline_parallel_size": source.grid.pp}
         layout |= {"layers_by_stage": ",".join(map(str, source.layers)), "padded_vocab_size": source.padded_vocab}
+        if source.spec.num_experts is not None:
+            layout["expert_parallel_size"] = source.grid.ep
         yield from _table("layout", layout | {"format": source.grid.save_format})
     for path in source.files:
         yield f"{path.relative_to(source.text_folders[0])}  {path.stat().st_size} bytes"

@@ -81,8 +81,9 @@ class Batch:
     """One step of the model: int64 CPU tensors.
 
     Sequence s has the queries query_starts[s] to query_starts[s + 1]; they are the last of its context_lens[s] tokens,
-    this step's included. Without a cache every query is its sequence's whole context, and slots, block_tables and
-    copies are empty. Block tables are filled up with block 0, which means nothing there.
+    this step's included. Tokens whose blocks were given back, because no layer sees them any more, are not counted, for
+    attention goes by distances. Without a cache every query is its sequence's whole context, and slots, block_tables
+    and copies are empty. Block tables are filled up with block 0, which means nothing there.
     """
 
     tokens: Tensor  # [T]
@@ -156,7 +157,7 @@ def make_batch(step: Step, block_size: int | None) -> Batch:
     positions = [position for chunk in chunks for position in chunk.positions]
     slots = [] if block_size is None else [slot for chunk in chunks for slot in _slots(chunk, block_size)]
     starts = list(accumulate([chunk.length for chunk in chunks], initial=0))
-    lengths = [chunk.end for chunk in chunks]
+    lengths = [chunk.end - chunk.sequence.num_forgotten * (block_size or 0) for chunk in chunks]
     width = max([len(chunk.sequence.blocks) for chunk in chunks], default=0)
     tables = [block for chunk in chunks for block in _padded(chunk.sequence.blocks, width)]
     copies = [block for pair in step.copies for block in pair]
@@ -192,9 +193,9 @@ def _scored(chunks: tuple[Chunk, ...], starts: list[int]) -> list[int]:
 
 
 def _slots(chunk: Chunk, block_size: int) -> Iterator[int]:
-    blocks = chunk.sequence.blocks
+    blocks, forgotten = chunk.sequence.blocks, chunk.sequence.num_forgotten
     for position in chunk.positions:
-        yield blocks[position // block_size] * block_size + position % block_size
+        yield blocks[position // block_size - forgotten] * block_size + position % block_size
 
 
 def _padded(blocks: list[int], width: int) -> list[int]:

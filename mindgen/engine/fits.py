@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from mindgen.engine.blocks import BlockPool
 from mindgen.engine.request import Request
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What of a sequence must be in the cache, where each token sees only the last `window`, itself included, and a
+    step computes at most `max_chunk` tokens."""
+
+    window: int
+    max_chunk: int
+
+    def most_blocks(self, pool: BlockPool) -> int:
+        """The blocks that one sequence has at most: those that its chunk and the window before it touch."""
+        return pool.blocks_for(self.window + self.max_chunk - 2) + 1
+
+
 def check_fits(
-    request: Request, pool: BlockPool | None, max_sequences: int, max_batch_tokens: int, max_positions: int | None
+    request: Request,
+    pool: BlockPool | None,
+    max_sequences: int,
+    max_batch_tokens: int,
+    max_positions: int | None,
+    sight: Sight | None = None,
 ) -> None:
     """ValueError, with the numbers, for a request that would never end within these limits of a scheduler."""
     params, num_prompt = request.params, len(request.prompt)
@@ -29,7 +49,7 @@ def check_fits(
             f"request {request.id} has {width} beams, which share a step, but a step takes {max_batch_tokens} "
             "tokens; lower num_beams or raise max_batch_tokens"
         )
-    if pool and (need := most_blocks(request, pool)) > pool.num_blocks:
+    if pool and (need := most_blocks(request, pool, sight)) > pool.num_blocks:
         beams = f" in {params.num_beams} beams" if params.num_beams > 1 else ""
         raise ValueError(
             f"{size}{beams}, which takes {need} blocks of {pool.block_size} tokens, but the cache has "
@@ -37,12 +57,15 @@ def check_fits(
         )
 
 
-def most_blocks(request: Request, pool: BlockPool) -> int:
+def most_blocks(request: Request, pool: BlockPool, sight: Sight | None = None) -> int:
     """The blocks for its longest answer, whose last token needs no place.
 
-    Samples can take turns. Beams cannot, but share the full blocks of the prompt.
+    Samples can take turns, and give back what is out of sight. Beams do neither, but share the full blocks of the
+    prompt.
     """
     params, num_prompt = request.params, len(request.prompt)
     total = pool.blocks_for(num_prompt + params.max_new_tokens - 1)
+    if sight and params.num_beams == 1:
+        return min(total, sight.most_blocks(pool))
     shared = min(total, num_prompt // pool.block_size)
     return shared + params.num_beams * (total - shared)

@@ -95,8 +95,9 @@ class Status(Enum):
 class Sequence:
     """One answer in progress.
 
-    tokens: the prompt and what was generated. blocks: its places in the cache, in order. num_computed: how many
-    tokens have their keys and values there. num_samples: rows to draw when all tokens are computed: n for a prompt
+    tokens: the prompt and what was generated. blocks: its places in the cache, in order, after num_forgotten
+    that were given back because nothing sees them any more. num_computed: how many tokens have their keys and values
+    there or had them. num_samples: rows to draw when all tokens are computed: n for a prompt
     that is still one for n samples, else 1. in_flight: part of a step whose results are not back yet. num_scored: how
     many tokens of the prompt, after the first, have their log-probabilities, where they are wanted. past: what
     processors must know of the tokens. reuse: False to compute every token, even where the cache knows its block. salt:
@@ -110,6 +111,7 @@ class Sequence:
     index: int = 0
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    num_forgotten: int = 0
     num_computed: int = 0
     num_samples: int = 1
     status: Status = Status.WAITING

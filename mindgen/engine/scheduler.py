@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from mindgen.engine.blocks import BlockPool
-from mindgen.engine.fits import check_fits
+from mindgen.engine.fits import Sight, check_fits
 from mindgen.engine.request import Sequence, Status
 from mindgen.engine.tables import BlockTables
 from mindgen.engine.units import Unit
@@ -73,6 +73,7 @@ class Scheduler:
     num_stages: how many steps can be in flight. Their sequences are disjoint, and a step takes at most its share of
         the active sequences, so that no stage idles while there is work for it.
     max_sequences: how many sequences may be in progress. max_positions: the longest context of the model.
+    window: how many tokens the model sees, if no layer sees more; blocks further back are given back early.
 
     Blocks are taken as they are needed. When there are none for a sequence, the last admitted one that is not in flight
     gives up its own, goes back to the front of those that wait, and is computed anew later. Only a sequence admitted
@@ -87,6 +88,7 @@ class Scheduler:
         num_stages: int = 1,
         max_sequences: int = 256,
         max_positions: int | None = None,
+        window: int | None = None,
     ) -> None:
         sizes = {"max_batch_tokens": max_batch_tokens, "num_stages": num_stages, "max_sequences": max_sequences}
         for name, size in sizes.items():
@@ -97,7 +99,8 @@ class Scheduler:
         self.num_stages = num_stages
         self.max_sequences = max_sequences
         self.max_positions = max_positions
-        self._tables = BlockTables(pool) if pool else None
+        self._sight = Sight(window, max_batch_tokens) if window else None
+        self._tables = BlockTables(pool, self._sight) if pool else None
         self._waiting: deque[Unit] = deque()
         self._running: list[Unit] = []  # by order of admission; samples stand behind the one they were split from
         self._requests: dict[int, list[Unit]] = {}
@@ -137,7 +140,7 @@ class Scheduler:
         request = sequence.request
         if request.id in self._requests:
             raise ValueError(f"request {request.id} is in progress already; every request needs an id of its own")
-        check_fits(request, self.pool, self.max_sequences, self.max_batch_tokens, self.max_positions)
+        check_fits(request, self.pool, self.max_sequences, self.max_batch_tokens, self.max_positions, self._sight)
         unit = Unit([sequence], together=request.params.num_beams > 1)
         self._requests[request.id] = [unit]
         self._waiting.append(unit)
@@ -168,8 +171,7 @@ class Scheduler:
             sequence.in_flight = False
             self._num_computed += chunk.length
             if self._tables:
-                sequence.num_computed = chunk.end
-                self._tables.publish(sequence, chunk.start, chunk.end)
+                self._tables.commit(sequence, chunk.end)
             if sequence.status is Status.FINISHED:
                 self._remove(sequence)
 
@@ -231,25 +233,17 @@ class Scheduler:
         if not self._waiting:
             return 0, 0
         places = self.max_sequences - sum(unit.width for unit in self._running)
-        if self.pool is None:
+        if self.pool is None or self._tables is None:
             return places, 1
-        return places, self.pool.num_available - sum(1 + self._lacks(unit) for unit in self._running)
+        lacks = sum(1 + self._tables.lacks(unit.sequences) for unit in self._running)
+        return places, self.pool.num_available - lacks
 
     def _blocks_to_start(self, unit: Unit, most: int) -> int:
         """The blocks for its tokens so far; those that others use already are counted only if it matters."""
         if self._tables is None:
             return 0
-        lacks = self._lacks(unit)
+        lacks = self._tables.lacks(unit.sequences)
         return lacks if lacks <= most else lacks - self._tables.num_in_use(unit.sequences[0])
-
-    def _lacks(self, unit: Unit) -> int:
-        """How many blocks the tokens so far still take; beams have those of the prompt in common."""
-        assert self.pool
-        shared, lacks = 0, 0
-        for sequence in unit.sequences:
-            lacks += self.pool.blocks_for(len(sequence.tokens)) - (len(sequence.blocks) or shared)
-            shared = len(sequence.request.prompt) // self.pool.block_size
-        return lacks
 
     def _in_order(self) -> list[Unit]:
         """Those who run and are not in flight: decodes first, each kind by order of admission."""
@@ -273,7 +267,7 @@ class Scheduler:
             return []
         last = 1 if len(unit.sequences) > 1 else 0
         for sequence in unit.sequences:
-            if not sequence.blocks:
+            if not sequence.num_computed:
                 self._num_reused += self._tables.take_known(sequence)
             if sequence.num_left > 1:
                 return [(sequence, min(sequence.num_left - last, budget))]

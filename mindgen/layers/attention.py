@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mindgen.attention.backend import AttentionContext
 from mindgen.layers.linear import ColumnParallelLinear, RowParallelLinear
-from mindgen.layers.norm import RMSNorm
-from mindgen.layers.rope import rotate
+from mindgen.layers.norm import Norm
+from mindgen.layers.rope import Rotation, rotate
 
 
 class SelfAttention(nn.Module):
@@ -21,8 +21,8 @@ class SelfAttention(nn.Module):
         layer: int,
         linear_qkv: ColumnParallelLinear,
         linear_proj: RowParallelLinear,
-        q_layernorm: RMSNorm | None,
-        k_layernorm: RMSNorm | None,
+        q_layernorm: Norm | None,
+        k_layernorm: Norm | None,
         sizes: dict[str, int],
     ):
         super().__init__()
@@ -35,18 +35,18 @@ class SelfAttention(nn.Module):
         self._width = sizes["qkv"]  # heads of a group: its queries, a key and a value
 
     def forward(
-        self, hidden: Tensor, rope: tuple[Tensor, Tensor], context: AttentionContext, residual: Tensor
+        self, hidden: Tensor, rotation: Rotation | None, context: AttentionContext, residual: Tensor | None = None
     ) -> Tensor:
-        """`residual` plus what the tokens attend to."""
+        """What the tokens attend to, plus `residual`. `rotation` is None where positions are not turned into angles."""
         qkv = self.linear_qkv(hidden).view(-1, self.num_kv_heads, self._width, self.head_dim)
-        query, key = self._rotated(qkv[:, :, :-1], rope)  # [T, G, Q, D], [T, G, D]
+        query, key = self._rotated(qkv[:, :, :-1], rotation)  # [T, G, Q, D], [T, G, D]
         attended = context.attend(self.layer, query.flatten(1, 2), key, qkv[:, :, -1])
         return self.linear_proj(attended.flatten(1), residual)
 
-    def _rotated(self, heads: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _rotated(self, heads: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         """heads [T, G, Q + 1, D]: a group's queries and its key, which turn together."""
         if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(heads[:, :, :-1]), self.k_layernorm(heads[:, :, -1])
-            return rotate(query, rope), rotate(key, rope)
-        turned = rotate(heads, rope)
+            return (query, key) if rotation is None else (rotate(query, rotation), rotate(key, rotation))
+        turned = heads if rotation is None else rotate(heads, rotation)
         return turned[:, :, :-1], turned[:, :, -1]

@@ -111,3 +111,14 @@ class VocabParallelEmbedding(nn.Module):
         here = (local >= 0) & (local < rows)
         hidden = F.embedding(local.clamp(0, rows - 1), self.weight)
         return self._tp.all_reduce(hidden.masked_fill_(~here.unsqueeze(-1), 0))
+
+
+class PositionEmbedding(nn.Module):
+    """A learned vector for each position. [T] -> [T, H]."""
+
+    def __init__(self, row: Row, sizes: dict[str, int], dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.weight = empty_parameter(row, sizes, dtype, device)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return F.embedding(positions, self.weight)

@@ -1,22 +1,48 @@
-"""The gated feed-forward block: down(silu(gate(x)) * up(x))."""
+"""The feed-forward block, with a gate or without."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mindgen.layers.linear import ColumnParallelLinear, RowParallelLinear
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
-class GatedMLP(nn.Module):
-    """[T, hidden] -> [T, hidden]; this rank's gate and up lie one after the other in linear_fc1."""
 
-    def __init__(self, linear_fc1: ColumnParallelLinear, linear_fc2: RowParallelLinear):
+class MLP(nn.Module):
+    """[T, hidden] -> [T, hidden]: fc2(act(gate(x)) * up(x)), or fc2(act(fc1(x))) without a gate.
+
+    This rank's gate and up lie one after the other in linear_fc1.
+    """
+
+    def __init__(
+        self, linear_fc1: ColumnParallelLinear, linear_fc2: RowParallelLinear, activation: str, is_gated: bool
+    ):
         super().__init__()
         self.linear_fc1 = linear_fc1
         self.linear_fc2 = linear_fc2
+        self._activation = ACTIVATIONS[activation]
+        self._is_gated = is_gated
 
-    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        """`residual` plus the block's outputs."""
-        gate, up = self.linear_fc1(hidden).chunk(2, dim=-1)
-        return self.linear_fc2(F.silu(gate).mul_(up), residual)
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The block's outputs, plus `residual`."""
+        return self.linear_fc2(self._inner(hidden), residual)
+
+    def part(self, hidden: Tensor) -> Tensor:
+        """This rank's part of the outputs, which summed over those that share the block are all of it."""
+        return self.linear_fc2.multiply(self._inner(hidden))
+
+    def _inner(self, hidden: Tensor) -> Tensor:
+        inner = self.linear_fc1(hidden)
+        if not self._is_gated:
+            return self._activation(inner)
+        gate, up = inner.chunk(2, dim=-1)
+        return self._activation(gate).mul_(up)

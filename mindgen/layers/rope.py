@@ -1,11 +1,12 @@
-"""Rotary position embedding (Su et al. 2021) in the half-split layout of transformers, with its scaled variants.
+"""Rotary position embedding (Su et al. 2021), with its scaled variants.
 
-T tokens, H heads, D head_dim.
+T tokens, H heads, D head_dim, R elements of a head that are turned.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,32 +15,49 @@ from mindgen.spec import ModelSpec, RopeScaling
 
 
 class RotaryEmbedding:
-    """Angles of positions: called with positions [T] it gives (cosine, signed sine), each [T, 1, D].
-
-    The sine's first half is negated, as the rotation of a pair wants it.
-    """
+    """Angles of positions: called with positions [T] it gives what `rotate` takes."""
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device):
         self.dtype = dtype
+        self.interleaved = spec.rotary_interleaved
         frequencies, self.scale = scaled_frequencies(spec)
-        self.frequencies = frequencies.to(device)  # [D / 2], radians a token
+        self.frequencies = frequencies.to(device)  # [R / 2], radians a token
 
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, positions: Tensor) -> Rotation:
         angles = positions.float()[:, None, None] * self.frequencies
         cosine, sine = (angles.cos() * self.scale).to(self.dtype), (angles.sin() * self.scale).to(self.dtype)
-        return torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)
+        if self.interleaved:
+            return Rotation(cosine.repeat_interleave(2, dim=-1), torch.stack([-sine, sine], dim=-1).flatten(-2), True)
+        return Rotation(torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1), False)
 
 
-def rotate(heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns each pair (x_i, x_{i + D/2}) of heads [T, ..., D] by its angle."""
-    shape = (heads.shape[0], *(1 for _ in heads.shape[1:-1]), heads.shape[-1])
-    cosine, sine = (part.view(shape) for part in rope)
-    return torch.addcmul(heads * cosine, heads.roll(heads.shape[-1] // 2, dims=-1), sine)
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """How heads are turned: cosine and sine [T, 1, R], the sine with the sign of each element's partner.
+
+    Partners are neighbours if interleaved, else an element of the first half and one of the second.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+    interleaved: bool
+
+
+def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
+    """Turns each pair of the first R elements of heads [T, ..., D] by its angle."""
+    turned = rotation.cosine.shape[-1]
+    if turned < heads.shape[-1]:
+        return torch.cat([rotate(heads[..., :turned], rotation), heads[..., turned:]], dim=-1)
+    shape = (heads.shape[0], *(1 for _ in heads.shape[1:-1]), turned)
+    partners = heads.roll(turned // 2, dims=-1)
+    if rotation.interleaved:
+        partners = heads.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(heads * rotation.cosine.view(shape), partners, rotation.sine.view(shape))
 
 
 def scaled_frequencies(spec: ModelSpec) -> tuple[Tensor, float]:
-    """The frequencies [D / 2] of a model in float32 and the factor on cosine and sine."""
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
+    """The frequencies [R / 2] of a model in float32 and the factor on cosine and sine."""
+    exponents = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32) / spec.rotary_dim
     frequencies = 1.0 / spec.rope_theta**exponents
     scaling = spec.rope_scaling
     if scaling is None:
@@ -48,6 +66,8 @@ def scaled_frequencies(spec: ModelSpec) -> tuple[Tensor, float]:
         return frequencies / scaling.factor, 1.0
     if scaling.kind == "llama3":
         return _llama3(frequencies, scaling), 1.0
+    if scaling.kind == "longrope":
+        return _longrope(frequencies, scaling)
     return _yarn(frequencies, scaling, spec)
 
 
@@ -60,17 +80,26 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
+def _longrope(frequencies: Tensor, scaling: RopeScaling) -> tuple[Tensor, float]:
+    """LongRoPE (Ding et al. 2024) within the original context, to which `ModelSpec.context` keeps us."""
+    assert scaling.original_max_positions and scaling.short_factors
+    stretch = max(1.0, scaling.factor)
+    attention = math.sqrt(1 + math.log(stretch) / math.log(scaling.original_max_positions))
+    factor = attention if scaling.attention_factor is None else scaling.attention_factor
+    return frequencies / torch.tensor(scaling.short_factors, dtype=torch.float32), factor
+
+
 def _yarn(frequencies: Tensor, scaling: RopeScaling, spec: ModelSpec) -> tuple[Tensor, float]:
     """YaRN (Peng et al. 2023): a ramp over dimensions between the two given numbers of turns."""
     assert scaling.original_max_positions and scaling.beta_fast and scaling.beta_slow
 
     def dimension(turns: float) -> float:
         ratio = math.log(scaling.original_max_positions / (turns * 2 * math.pi))  # type: ignore[operator]
-        return spec.head_dim * ratio / (2 * math.log(spec.rope_theta))
+        return spec.rotary_dim * ratio / (2 * math.log(spec.rope_theta))
 
     low = max(math.floor(dimension(scaling.beta_fast)), 0)
-    high = min(math.ceil(dimension(scaling.beta_slow)), spec.head_dim - 1)
-    ramp = (torch.arange(spec.head_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    high = min(math.ceil(dimension(scaling.beta_slow)), spec.rotary_dim - 1)
+    ramp = (torch.arange(spec.rotary_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
     stretched = ramp.clamp(0, 1)
     attention = scaling.attention_factor or (0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0)
     return stretched * frequencies / scaling.factor + (1 - stretched) * frequencies, attention

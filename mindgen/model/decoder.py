@@ -6,34 +6,87 @@ T tokens in the batch, R rows whose logits are wanted.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mindgen.attention.backend import AttentionContext
+from mindgen.attention.scores import Scores
 from mindgen.layers.attention import SelfAttention
-from mindgen.layers.linear import PackedWeight, VocabParallelEmbedding
-from mindgen.layers.mlp import GatedMLP
-from mindgen.layers.norm import RMSNorm
-from mindgen.layers.rope import RotaryEmbedding
+from mindgen.layers.experts import ExpertMLP
+from mindgen.layers.linear import PackedWeight, PositionEmbedding, VocabParallelEmbedding
+from mindgen.layers.mlp import MLP
+from mindgen.layers.norm import Norm
+from mindgen.layers.rope import RotaryEmbedding, Rotation
 from mindgen.parallel.group import Group
+from mindgen.spec import ModelSpec
 
 
 class DecoderLayer(nn.Module):
-    """Norm, attention, add; norm, MLP, add."""
+    """Norm, attention, add; norm, MLP, add. With norms after them too, what is added is normed (sandwich norms)."""
 
-    def __init__(self, norm: RMSNorm, attention: SelfAttention, mlp_norm: RMSNorm, mlp: GatedMLP):
+    def __init__(
+        self,
+        norm: Norm,
+        attention: SelfAttention,
+        mlp_norm: Norm,
+        mlp: MLP | ExpertMLP,
+        after: tuple[Norm, Norm] | None = None,
+    ):
         super().__init__()
         self.input_layernorm = norm
         self.self_attention = attention
         self.pre_mlp_layernorm = mlp_norm
         self.mlp = mlp
+        if after is not None:
+            self.post_attn_norm, self.post_mlp_layernorm = after
+        self._is_sandwich = after is not None
 
-    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
-        hidden = self.self_attention(self.input_layernorm(hidden), rope, context, residual=hidden)
+    def forward(self, hidden: Tensor, rotation: Rotation | None, context: AttentionContext) -> Tensor:
+        if self._is_sandwich:
+            attended = self.self_attention(self.input_layernorm(hidden), rotation, context)
+            hidden = hidden + self.post_attn_norm(attended)
+            return hidden + self.post_mlp_layernorm(self.mlp(self.pre_mlp_layernorm(hidden)))
+        hidden = self.self_attention(self.input_layernorm(hidden), rotation, context, residual=hidden)
         return self.mlp(self.pre_mlp_layernorm(hidden), residual=hidden)
 
 
+class Embedding(nn.Module):
+    """Tokens to hidden states: word embeddings, scaled or normed, plus position embeddings where there are some."""
+
+    def __init__(
+        self,
+        word_embeddings: VocabParallelEmbedding,
+        position_embeddings: PositionEmbedding | None,
+        norm: Norm | None,
+        scale: float | None,
+    ):
+        super().__init__()
+        self.word_embeddings = word_embeddings
+        if norm is not None:
+            word_embeddings.add_module("norm", norm)  # MindSpeed-LLM's name for it
+        self._norm = (norm,)  # under no second name
+        self.position_embeddings = position_embeddings
+        self._scale = scale
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Token ids and positions [T] -> [T, hidden]."""
+        hidden = self.word_embeddings(tokens)
+        if self._scale is not None:
+            hidden = hidden * torch.tensor(self._scale, dtype=hidden.dtype, device=hidden.device)
+        if self._norm[0] is not None:
+            hidden = self._norm[0](hidden)
+        return hidden if self.position_embeddings is None else hidden + self.position_embeddings(positions)
+
+
 class Head(PackedWeight):
-    """The output layer, with a weight of [vocab / tp, hidden]."""
+    """The output layer, with a weight of [vocab / tp, hidden], whose rows have length one if it is normalised."""
+
+    def __init__(self, weight: nn.Parameter, is_normalised: bool):
+        super().__init__(weight)
+        self._is_normalised = is_normalised
+
+    def take_weight(self, weight: Tensor) -> None:
+        super().take_weight(F.normalize(weight) if self._is_normalised else weight)
 
 
 class Decoder(nn.Module):
@@ -41,25 +94,28 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        embedding: VocabParallelEmbedding | None,
+        embedding: Embedding | None,
         layers: list[DecoderLayer],
-        final_layernorm: RMSNorm | None,
+        final_layernorm: Norm | None,
         output_layer: Head | None,
-        rope: RotaryEmbedding,
+        rope: RotaryEmbedding | None,
+        scores: Scores,
         tp: Group,
-        vocab_size: int,
+        spec: ModelSpec,
     ):
         super().__init__()
-        self.embedding = nn.ModuleDict({"word_embeddings": embedding} if embedding else {})
+        self.embedding = embedding
+        self.scores = scores
         self.decoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
         if final_layernorm is not None:
             self.decoder["final_layernorm"] = final_layernorm
         self.output_layer = output_layer
-        self._ends = (embedding, final_layernorm, output_layer or embedding)  # typed, under no second name
+        head = output_layer or (embedding.word_embeddings if embedding else None)
+        self._ends = (final_layernorm, head)  # typed, under no second name
         self._layers = layers
         self._rope = rope
         self._tp = tp
-        self._vocab_size = vocab_size
+        self._spec = spec
 
     @property
     def num_layers(self) -> int:
@@ -93,11 +149,11 @@ class Decoder(nn.Module):
 
     def forward(self, inputs: Tensor, context: AttentionContext) -> Tensor:
         """Token ids [T] on the first stage, else hidden states [T, hidden] -> hidden states [T, hidden]."""
-        embedding = self._ends[0]
-        hidden = inputs if embedding is None else embedding(inputs)
-        rope = self._rope(context.positions.to(hidden.device))
+        positions = context.positions.to(inputs.device)
+        hidden = inputs if self.embedding is None else self.embedding(inputs, positions)
+        rotation = None if self._rope is None else self._rope(positions)
         for layer in self._layers:
-            hidden = layer(hidden, rope, context)
+            hidden = layer(hidden, rotation, context)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -105,7 +161,9 @@ class Decoder(nn.Module):
 
         A collective over the tensor group: every rank gets all columns.
         """
-        _, final_layernorm, head = self._ends
+        final_layernorm, head = self._ends
         assert final_layernorm is not None and head is not None, "only the last stage has a head"
         local = head.multiply(final_layernorm(hidden)).float()
-        return self._tp.all_gather(local, dim=-1)[:, : self._vocab_size]
+        logits = self._tp.all_gather(local, dim=-1)[:, : self._spec.vocab_size]
+        cap = self._spec.logits_softcap
+        return logits if cap is None else logits.div(cap).tanh_().mul_(cap)

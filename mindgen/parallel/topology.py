@@ -10,18 +10,25 @@ from dataclasses import dataclass
 class Topology:
     """One rank's place among `tp * pp` ranks.
 
-    Ranks are numbered as Megatron numbers them, tensor fastest: `rank = pp_rank * tp + tp_rank`.
-    Raises ValueError when a size is below one or the rank lies outside the world.
+    Ranks are numbered as Megatron numbers them, tensor fastest: `rank = pp_rank * tp + tp_rank`. The `tp` ranks of a
+    stage share out experts in `ep` groups of neighbours; the `tp / ep` ranks of a group share each of its experts.
+    Raises ValueError when a size is below one or does not divide, or the rank lies outside the world.
     """
 
     rank: int = 0
     tp: int = 1
     pp: int = 1
+    ep: int = 1
 
     def __post_init__(self) -> None:
-        for name, size in (("tensor", self.tp), ("pipeline", self.pp)):
+        for name, size in (("tensor", self.tp), ("pipeline", self.pp), ("expert", self.ep)):
             if size < 1:
                 raise ValueError(f"the {name} parallel size is {size}; it must be at least 1")
+        if self.tp % self.ep:
+            raise ValueError(
+                f"expert parallel size {self.ep} must divide the tensor parallel size {self.tp}: experts are shared "
+                "out among its ranks"
+            )
         if not 0 <= self.rank < self.world_size:
             raise ValueError(
                 f"rank {self.rank} lies outside tp {self.tp} x pp {self.pp} = {self.world_size} ranks;"
@@ -39,6 +46,21 @@ class Topology:
     @property
     def pp_rank(self) -> int:
         return self.rank // self.tp
+
+    @property
+    def expert_tp(self) -> int:
+        """How many ranks share an expert."""
+        return self.tp // self.ep
+
+    @property
+    def expert_tp_rank(self) -> int:
+        """My number among the ranks that share my experts."""
+        return self.tp_rank % self.expert_tp
+
+    @property
+    def ep_rank(self) -> int:
+        """The number of the group that has my experts."""
+        return self.tp_rank // self.expert_tp
 
     @property
     def is_first_stage(self) -> bool:

@@ -103,7 +103,7 @@ class World:
         with self.watchdog.loading():
             yield
 
-    def part(self, tp: int, pp: int) -> World | None:
+    def part(self, tp: int, pp: int, ep: int = 1) -> World | None:
         """The first tp * pp ranks as a world of their own; None for the others. All ranks call it alike."""
         rank, size = self.everyone.rank, tp * pp
         if size > self.everyone.size:
@@ -113,7 +113,7 @@ class World:
         groups = self.network.groups(tp, pp)
         if rank >= size:
             return None
-        return World(Topology(rank, tp, pp), *groups, self.device, self.network, is_part=True)
+        return World(Topology(rank, tp, pp, ep), *groups, self.device, self.network, is_part=True)
 
     def _exchange(self, text: str, size: int) -> list[str]:
         """The ranks' texts, each cut at `size` bytes of UTF-8."""

@@ -29,7 +29,7 @@ def num_blocks(config: EngineConfig, spec: ModelSpec, model: Decoder, world: Wor
             "raise kv_cache_memory (--kv-cache-memory) or kv_cache_fraction (--kv-cache-fraction), "
             "or lower block_size (--block-size)"
         )
-    return min(smallest, MOST_SEQUENCES * -(-spec.max_positions // config.block_size))
+    return min(smallest, MOST_SEQUENCES * -(-spec.context // config.block_size))
 
 
 def cache_bytes(config: EngineConfig, kind: str, free: int, local_ranks: int) -> float:

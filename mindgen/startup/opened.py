@@ -56,7 +56,7 @@ class Opened:
     @property
     def max_positions(self) -> int:
         """The longest context, in tokens."""
-        return self.source.spec.max_positions
+        return self.source.spec.context
 
 
 def open_model(
@@ -71,7 +71,7 @@ def open_model(
 
     source = open_source(Path(config.model), dict(given or {}), Path(beside) if beside else None)
     if config.tensor_parallel_size is not None:
-        check_divides(source.spec, config.tensor_parallel_size)
+        check_divides(source.spec, config.tensor_parallel_size, config.expert_parallel_size)
     split_layers(source.spec.num_layers, config.pipeline_parallel_size, config.num_layer_list)
     return Opened(config, source, notes=notes)
 

@@ -73,7 +73,8 @@ def _place(ranks: Ranks, model: Opened | None) -> tuple[torch.device, Topology]:
     if model is None:
         return pick_device("cpu", 0), Topology(place.rank, place.world_size, 1)
     config = model.config
-    topology = Topology(place.rank, config.tensor_parallel_size or 1, config.pipeline_parallel_size)
+    sizes = (config.tensor_parallel_size or 1, config.pipeline_parallel_size, config.expert_parallel_size)
+    topology = Topology(place.rank, *sizes)
     return pick_device(config.device, place.local_rank), topology
 
 
@@ -89,5 +90,5 @@ def _with_all_ranks(model: Opened, ranks: Ranks) -> Opened:
             "were started; set tensor_parallel_size (--tensor-model-parallel-size), pipeline_parallel_size "
             "(--pipeline-model-parallel-size), or --nproc_per_node of torchrun"
         )
-    check_divides(model.source.spec, tp)
+    check_divides(model.source.spec, tp, model.config.expert_parallel_size)
     return replace(model, config=replace(model.config, tensor_parallel_size=tp))

@@ -44,7 +44,7 @@ def make_runner(config: EngineConfig, source: Source, world: World, device: torc
         blocks = num_blocks(config, source.spec, model, world, local_ranks)
         sizes = (blocks, config.block_size, model.num_kv_heads, model.head_dim)
         cache = _together(world, lambda: KVCache(model.num_layers, *sizes, model.dtype, device))
-    return Runner(model, cache, choose_backend(config.attention, source.spec.sliding_window, device), world, device)
+    return Runner(model, cache, choose_backend(config.attention, model.scores, device), world, device)
 
 
 def describe_cache(runner: Runner) -> str:
@@ -67,7 +67,8 @@ def make_engine(model: Opened, runner: Runner) -> Engine:
         max_batch_tokens=config.max_batch_tokens,
         num_stages=config.pipeline_parallel_size,
         max_sequences=MOST_SEQUENCES,
-        max_positions=spec.max_positions,
+        max_positions=spec.context,
+        window=spec.widest_window,
     )
     return Engine(scheduler, runner, model.tokenizer, model.end_ids, spec.vocab_size)
 

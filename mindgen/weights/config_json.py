@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from mindgen.spec import DTYPES, ModelSpec, RopeScaling
-from mindgen.weights.families import Family, find_family
+from mindgen.weights.families import find_family
+from mindgen.weights.families.family import Config, Family
+from mindgen.weights.layer_kinds import expert_layers, sliding_layers
 
 _FIELDS = {
     "num_layers": "num_hidden_layers",
@@ -19,7 +23,17 @@ _FIELDS = {
     "norm_epsilon": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
     "sliding_window": "sliding_window",
+    "activation": "hidden_act",
 }
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+_ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 _SCALING_FIELDS = {
     "factor": "factor",
     "original_max_positions": "original_max_position_embeddings",
@@ -28,19 +42,24 @@ _SCALING_FIELDS = {
     "beta_fast": "beta_fast",
     "beta_slow": "beta_slow",
     "attention_factor": "attention_factor",
+    "short_factors": "short_factor",
+    "long_factors": "long_factor",
 }
+_ORIGINAL = "original_max_position_embeddings"  # beside the scaling it counts before that within
 _ROPE_FIELDS = {"rope_type", "type", "rope_theta", *_SCALING_FIELDS.values()}
+_NEEDED = set(_FIELDS) - {"sliding_window"}
+_DEFAULTS: Config = {"tie_word_embeddings": False, "hidden_act": "silu"}
+_NULLABLE = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}  # where null means none
 # Where the computation is the same only for one value.
-_REQUIRED: dict[str, Any] = {
-    "hidden_act": "silu",
-    "partial_rotary_factor": 1.0,
-    "use_sliding_window": False,
+_REQUIRED: Config = {
+    "use_bidirectional_attention": False,
     "attention_bias": False,
     "mlp_bias": False,
     "quantization_config": None,
     "is_encoder_decoder": False,
     "add_cross_attention": False,
     "chunk_size_feed_forward": 0,
+    "partial_rotary_factor": 1.0,
 }
 # Of training, of text, of the library that wrote the file: nothing that changes a forward pass.
 _HARMLESS = {
@@ -49,12 +68,19 @@ _HARMLESS = {
     "rope_scaling", "rope_parameters", "auto_map", "name_or_path", "torchscript", "return_dict",
     "output_attentions", "output_hidden_states", "use_return_dict", "tokenizer_class", "finetuning_task",
     "task_specific_params", "problem_type", "id2label", "label2id", "use_mrope", "tf_legacy_loss", "use_bfloat16",
-    "prefix", "unsloth_fixed", "unsloth_version",
+    "prefix", "unsloth_fixed", "unsloth_version", "use_sliding_window", "hidden_activation", "cache_implementation",
+    "embd_pdrop", "resid_pdrop", "original_max_position_embeddings",
+    # Of generation: a request says these, or `generation_config.json` does.
+    "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p", "num_beams",
+    "num_beam_groups", "num_return_sequences", "diversity_penalty", "repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "early_stopping", "bad_words_ids", "suppress_tokens",
+    "begin_suppress_tokens", "exponential_decay_length_penalty", "forced_decoder_ids", "output_scores",
+    "return_dict_in_generate", "remove_invalid_values",
 }  # fmt: skip
 _DTYPE_NAMES = {name: name for name in DTYPES} | {f"torch.{name}": name for name in DTYPES}
 
 
-def spec_from_config(config: dict[str, Any], dtype: str | None, where: str) -> ModelSpec:
+def spec_from_config(config: Config, dtype: str | None, where: str) -> ModelSpec:
     """What the model of a `config.json` is.
 
     `dtype` is how the weights are really stored, if the caller has looked; else the file's own word is taken.
@@ -66,91 +92,182 @@ def spec_from_config(config: dict[str, Any], dtype: str | None, where: str) -> M
         raise ValueError(f"{where}: {error}") from None
 
 
-def _spec(config: dict[str, Any], dtype: str | None) -> ModelSpec:
+def _spec(config: Config, dtype: str | None) -> ModelSpec:
     name = config.get("model_type")
     family = find_family(name)
-    config = _with_defaults(config, family)
-    _refuse_unknown(config)
-    values: dict[str, Any] = {ours: config.get(theirs) for ours, theirs in _FIELDS.items()}
-    missing = [_FIELDS[ours] for ours, value in values.items() if value is None and ours != "sliding_window"]
+    config = family.translate(config) if family.translate else config
+    names = _FIELDS | dict(family.names)
+    config = _with_defaults(config, family, names)
+    _refuse_unknown(config, family, names)
+    values: Config = {ours: config.get(theirs) for ours, theirs in names.items()}
+    missing = [names[ours] for ours, value in values.items() if value is None and ours in _NEEDED]
     if missing:
         raise ValueError(f"states no {', '.join(missing)}; without it the model is not defined")
+    values["activation"] = _activation(values["activation"], family)
+    _check_second_activation(config, family, names, values["activation"])
+    values["sliding_layers"] = sliding_layers(config, family)
+    values["expert_layers"] = expert_layers(config)
     theta, scaling = _rope(config)
     stated = dtype or _DTYPE_NAMES.get(str(config.get("dtype") or config.get("torch_dtype") or "float32"), "unknown")
-    return ModelSpec(family=str(name), rope_theta=theta, rope_scaling=scaling, dtype=stated, **values)
+    values |= {"rope_theta": theta, "rope_scaling": scaling, "dtype": stated} | dict(family.fixed)
+    return ModelSpec(family=str(name), **values)
 
 
-def _with_defaults(config: dict[str, Any], family: Family) -> dict[str, Any]:
+def default_activation(family: Family) -> str:
+    """The activation of a family's models whose files do not say."""
+    return _activation((_DEFAULTS | dict(family.defaults))[(_FIELDS | dict(family.names))["activation"]], family)
+
+
+def _activation(name: object, family: Family) -> str:
+    known = _ACTIVATIONS | dict(family.activations)
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"hidden_act is {name!r}; mindgen implements {', '.join(known)}")
+    return known[name]
+
+
+def _check_second_activation(config: Config, family: Family, names: Mapping[str, str], activation: str) -> None:
+    """ValueError if the two words differ: versions of transformers do in which of them counts."""
+    second = config.get("hidden_activation")
+    if "hidden_activation" not in names.values() and second is not None and _activation(second, family) != activation:
+        raise ValueError(f"hidden_activation is {second!r}, but {names['activation']} means {activation}; remove one")
+
+
+def _with_defaults(config: Config, family: Family, names: Mapping[str, str]) -> Config:
     """The values that transformers' format defines for fields left out: none of them is a guess of ours."""
-    stated = {name: value for name, value in config.items() if value is not None or name == "sliding_window"}
-    filled: dict[str, Any] = {"tie_word_embeddings": False} | family.defaults | stated
-    if family.architecture == "LlamaForCausalLM":
+    stated = {name: value for name, value in config.items() if value is not None or name in _NULLABLE}
+    for newer, older in _experts_name(names).items():
+        if newer in stated:
+            stated[older] = stated.pop(newer)
+    filled: Config = _DEFAULTS | dict(family.defaults) | stated
+    filled |= _from_rope(filled)
+    if family.kv_heads_default:
         filled.setdefault("num_key_value_heads", filled.get("num_attention_heads"))
-    hidden, heads = filled.get("hidden_size"), filled.get("num_attention_heads")
+    hidden, heads = filled.get(names["hidden_size"]), filled.get(names["num_heads"])
     if "head_dim" not in filled and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
         if hidden % heads:
-            raise ValueError(f"hidden_size {hidden} is not divisible by num_attention_heads {heads}")
+            raise ValueError(f"{names['hidden_size']} {hidden} is not divisible by {names['num_heads']} {heads}")
         filled["head_dim"] = hidden // heads
     if not filled.get("use_sliding_window", True):
         filled.pop("sliding_window", None)  # transformers: a window only counts when it is switched on
-    if filled.get("sliding_window") is not None and "sliding_window" not in family.defaults:
+    if filled.get("sliding_window") is not None and not family.has_window:
         raise ValueError(f"sliding_window is {filled['sliding_window']!r}, which this family does not have")
     return filled
 
 
-def _refuse_unknown(config: dict[str, Any]) -> None:
-    known = _HARMLESS | set(_FIELDS.values()) | set(_REQUIRED)
+def _experts_name(names: Mapping[str, str]) -> dict[str, str]:
+    """transformers 5 writes `num_local_experts` for Qwen3-MoE too."""
+    return {"num_local_experts": "num_experts"} if names.get("num_experts") == "num_experts" else {}
+
+
+def _from_rope(config: Config) -> Config:
+    """transformers 5 moved this one in among the parameters of the rope, where it counts before any other."""
+    return {name: value for name, value in _rope_parameters(config).items() if name == "partial_rotary_factor"}
+
+
+def _refuse_unknown(config: Config, family: Family, names: Mapping[str, str]) -> None:
+    required = {name: value for name, value in (_REQUIRED | dict(family.required)).items() if name not in names}
+    known = _HARMLESS | family.harmless | set(names.values())
     for name, value in config.items():
-        if name in _REQUIRED:
-            if value != _REQUIRED[name]:
-                raise ValueError(f"{name} is {value!r}; for this family mindgen implements {_REQUIRED[name]!r} only")
-        elif name not in known and value not in (None, False) and not name.startswith("_") and "token_id" not in name:
+        if name in known:
+            continue
+        if name in required:
+            if value != required[name]:
+                raise ValueError(f"{name} is {value!r}; for this family mindgen implements {required[name]!r} only")
+        elif value is not None and value is not False and not name.startswith("_") and "token_id" not in name:
             raise ValueError(
                 f"{name} is {value!r}, which mindgen does not implement; "
                 "remove the field if it does not change the model's computation"
             )
-    kinds = config.get("layer_types") or []
-    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
-        raise ValueError(f"layer_types is {str(kinds)[:80]}; it must be a list of names")
-    allowed = {"sliding_attention"} if config.get("sliding_window") else {"full_attention"}
-    if set(kinds) - allowed:
-        raise ValueError(f"layer_types has {', '.join(sorted(set(kinds) - allowed))}, which mindgen does not mix")
 
 
-def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+def _rope_parameters(config: Config) -> Config:
     """Old files have `rope_theta` and `rope_scaling`, new ones `rope_parameters`; 10000 is the format's own default."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(parameters, dict):
-        raise ValueError(f"rope_parameters is {parameters!r}; it must be an object")
+    theta, said = config.get("rope_theta", 10000.0), []
+    for name in ("rope_scaling", "rope_parameters"):
+        parameters = config.get(name) or {}
+        if not isinstance(parameters, dict):
+            raise ValueError(f"{name} is {parameters!r}; it must be an object")
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if parameters:
+            said.append({"rope_theta": theta} | parameters | {"rope_type": kind, "type": kind})
+    if said and said[0] != said[-1]:
+        raise ValueError("rope_scaling and rope_parameters say different things; remove the one that is wrong")
+    return said[0] if said else {"rope_theta": theta}
+
+
+def _rope(config: Config) -> tuple[float, RopeScaling | None]:
+    parameters = _rope_parameters(config)
     unknown = {name: value for name, value in parameters.items() if name not in _ROPE_FIELDS}
     unknown.pop("truncate", None) if unknown.get("truncate") is True else None
-    if unknown.pop("partial_rotary_factor", 1.0) != 1.0 or unknown:
+    unknown.pop("partial_rotary_factor", None)
+    if unknown:
         raise ValueError(f"rope_parameters has {parameters}, of which mindgen does not implement all")
-    theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
-    kind = str(parameters.get("rope_type", parameters.get("type", "default")))
-    if kind == "default":
+    theta: Any = parameters["rope_theta"]
+    kind = str(parameters.get("rope_type", "default"))
+    if kind in ("default", "dynamic"):  # dynamic is plain up to max_positions, which no context of ours exceeds
         return theta, None
     values: dict[str, Any] = {ours: parameters.get(theirs) for ours, theirs in _SCALING_FIELDS.items()}
     if kind == "linear":
         return theta, RopeScaling(kind, values["factor"])
+    stated = (config.get(_ORIGINAL), values["original_max_positions"], config.get("max_position_embeddings"))
+    values["original_max_positions"] = next((number for number in stated if number is not None), None)
     if kind == "yarn":
         values["beta_fast"] = values["beta_fast"] or 32.0  # transformers' and the paper's own constants
         values["beta_slow"] = values["beta_slow"] or 1.0
-        values["original_max_positions"] = values["original_max_positions"] or config.get("max_position_embeddings")
+    if kind in ("longrope", "su"):  # two names of one thing
+        return theta, _longrope(values, config)
     return theta, RopeScaling(kind, **values)
 
 
-def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
+def _longrope(values: Config, config: Config) -> RopeScaling:
+    original = values["original_max_positions"]
+    most = config.get("max_position_embeddings")
+    if values["factor"] is None and isinstance(original, int) and isinstance(most, int) and original > 0:
+        values["factor"] = most / original
+    for name in ("short_factors", "long_factors"):
+        if not isinstance(values[name], list | tuple):
+            raise ValueError(f"longrope needs {_SCALING_FIELDS[name]}, a list of numbers; it is {values[name]!r}")
+        values[name] = tuple(values[name])
+    return RopeScaling("longrope", **values)
+
+
+def config_from_spec(spec: ModelSpec) -> Config:
     """A `config.json` for a model of which only Megatron's words are known."""
     family = find_family(spec.family)
-    config: dict[str, Any] = {"architectures": [family.architecture], "model_type": spec.family, "hidden_act": "silu"}
-    config |= family.defaults
-    config |= {theirs: getattr(spec, ours) for ours, theirs in _FIELDS.items()}
-    config["torch_dtype"] = spec.dtype
-    config["rope_theta"] = spec.rope_theta
-    config["rope_scaling"] = None
+    if family.translate:
+        raise ValueError(
+            f"a {spec.family} model has its own kind of config.json, which mindgen does not make up; put the model's "
+            "config.json into the Megatron directory, or name its folder with --tokenizer-name-or-path"
+        )
+    config: Config = {"architectures": [family.architecture], "model_type": spec.family}
+    config |= dict(family.defaults)
+    config |= {theirs: getattr(spec, ours) for ours, theirs in (_FIELDS | dict(family.names)).items()}
+    config[(_FIELDS | dict(family.names))["activation"]] = _ACTIVATION_NAMES[spec.activation]
+    config |= {"torch_dtype": spec.dtype, "rope_theta": spec.rope_theta, "rope_scaling": None}
+    has_window = spec.sliding_window is not None
+    if "use_sliding_window" in family.defaults:
+        config["use_sliding_window"] = has_window
+    if spec.sliding_layers is not None or (has_window and family.sliding != "all"):
+        config["layer_types"] = [
+            "full_attention" if spec.window(layer) is None else "sliding_attention" for layer in range(spec.num_layers)
+        ]
+    if spec.expert_layers is not None:
+        config["mlp_only_layers"] = [layer for layer in range(spec.num_layers) if not spec.has_experts(layer)]
     if spec.rope_scaling is not None:
         values = {theirs: getattr(spec.rope_scaling, ours) for ours, theirs in _SCALING_FIELDS.items()}
         config["rope_scaling"] = {"rope_type": spec.rope_scaling.kind}
         config["rope_scaling"] |= {name: value for name, value in values.items() if value is not None}
+        config |= {_ORIGINAL: values[_ORIGINAL]} if _ORIGINAL in config else {}
+    return _only_if_it_says(spec, config)
+
+
+def _only_if_it_says(spec: ModelSpec, config: Config) -> Config:
+    """A made-up configuration, or ValueError where the family's format has no word for something."""
+    said = _spec(config, spec.dtype)
+    differing = [item.name for item in fields(spec) if getattr(said, item.name) != getattr(spec, item.name)]
+    if differing:
+        raise ValueError(
+            f"a config.json of {spec.family} cannot say {', '.join(f'{n} = {getattr(spec, n)!r}' for n in differing)}; "
+            "put the model's own config.json into the Megatron directory"
+        )
     return config

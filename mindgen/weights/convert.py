@@ -28,7 +28,12 @@ from mindgen.weights.writers import Plan, write_bytes
 
 _KINDS = {"hf": "a Hugging Face folder", "mg": "a Megatron directory"}
 # MindSpeed-LLM's converter says llama2 for every family with that layout.
-_MODEL_TYPES = {"llama2": ("llama", "mistral", "qwen2"), "qwen25": ("qwen2",)}
+_MODEL_TYPES = {
+    "llama2": ("llama", "mistral", "qwen2"),
+    "qwen25": ("qwen2",),
+    "qwen2-moe": ("qwen2_moe",),
+    "qwen3-moe": ("qwen3_moe",),
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,12 @@ class ConvertConfig:
     spec: tuple[str, ...] = option((), "has no effect: the checkpoint says what its layers are", style="several")
     model_type: str = option("GPT", "GPT is all there is", choices=("GPT",))
     use_mcore_models: bool = option(True, "megatron-core's format is all there is")
-    target_expert_parallel_size: int = option(1, "1 is all there is: no experts yet")
+    target_expert_parallel_size: int = option(
+        1, "groups of tensor ranks to write different experts for", "--target-expert-parallel-size"
+    )
+    moe_grouped_gemm: bool = option(
+        False, "write a layer's experts as two tensors, as MindSpeed-LLM's switch of this name has them"
+    )
 
     def __post_init__(self) -> None:
         for name in ("load_model_type", "save_model_type", "load_dir", "save_dir"):
@@ -72,15 +82,14 @@ class ConvertConfig:
                 raise ValueError(f"--{name.replace('_', '-')} is missing")
         if (self.load_model_type, self.save_model_type) == ("hf", "hf"):
             raise ValueError("hf to hf converts nothing; copy the folder, or set --save-model-type mg")
-        for name in ("target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by"):
+        sizes = ("target_tensor_parallel_size", "target_pipeline_parallel_size", "target_expert_parallel_size")
+        for name in (*sizes, "make_vocab_size_divisible_by"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        if self.target_expert_parallel_size != 1:
-            raise ValueError("--target-expert-parallel-size must be 1: mindgen has no models with experts yet")
         if not self.use_mcore_models:
             raise ValueError("--no-use-mcore-models asks for Megatron's legacy format, which mindgen does not write")
-        targets = (self.target_tensor_parallel_size, self.target_pipeline_parallel_size)
-        if self.save_model_type == "hf" and (targets != (1, 1) or self.num_layer_list):
+        is_divided = any(getattr(self, name) > 1 for name in sizes) or self.num_layer_list
+        if self.save_model_type == "hf" and is_divided:
             raise ValueError("a Hugging Face folder is not divided; leave out target sizes above 1 and layer lists")
 
 
@@ -91,6 +100,8 @@ def convert(config: ConvertConfig, flags: dict[str, Any] | None = None) -> Path:
     naming the file for a disk that does not take it; then nothing is left behind and nothing that was there changed.
     """
     start = time.monotonic()
+    if config.load_model_type == "hf" and "--moe-tp-extend-ep" in (flags or {}):
+        raise ValueError("--moe-tp-extend-ep describes what is read; what is written has expert tensor size TP / EP")
     texts = text_source(config.tokenizer_name_or_path, config.tokenizer_model)
     beside = Path(config.save_dir) if config.save_model_type == "hf" else None
     source = _open(config, flags or {}, texts or beside)
@@ -159,10 +170,12 @@ def _plan(config: ConvertConfig, source: Source, dtype: torch.dtype | None) -> P
         source,
         tp=config.target_tensor_parallel_size,
         pp=config.target_pipeline_parallel_size,
+        ep=config.target_expert_parallel_size,
         layer_list=config.num_layer_list,
         divisor=config.make_vocab_size_divisible_by,
         save_format=config.save_format,
         dtype=dtype,
+        groups_experts=config.moe_grouped_gemm,
     )
 
 

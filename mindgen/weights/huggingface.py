@@ -14,14 +14,15 @@ from torch import Tensor
 
 from mindgen.spec import DTYPES, ModelSpec
 from mindgen.weights.config_json import spec_from_config
-from mindgen.weights.families import rows_of
+from mindgen.weights.families import find_family, rows_of
 from mindgen.weights.pickles import load_pickle
-from mindgen.weights.rows import HEAD, Row, axis_sizes
+from mindgen.weights.rows import EMBEDDING, HEAD, Piece, Row, axis_sizes, whole_rows
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
+_EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight", "tok_embeddings.weight")
 # Buffers that old versions of transformers saved with the weights.
-_LEFT_OVER = ("rotary_emb.inv_freq",)
+_LEFT_OVER = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "attn.bias", "attn.masked_bias")
 
 
 def is_huggingface(path: Path) -> bool:
@@ -80,13 +81,17 @@ class HuggingFaceSource:
         if self.spec.num_layers > len(self._where):
             raise ValueError(f"{path} holds {len(self._where)} tensors, too few for {self.spec.num_layers} layers")
         self._sizes = axis_sizes(self.spec)
+        family = find_family(self.spec.family)
+        rows = {row.name: row for row in family.rows}
+        self._embedding, self._head = rows[EMBEDDING].hf[0], rows[HEAD].hf[0]
+        self._left_out = "" if self._embedding in self._where else family.prefix
 
     def read(self, row: Row, layer: int | None, start: int, stop: int) -> Tensor:
         """The logical array of `row` between two bounds of its split axis."""
         pieces = []
-        for name, sizes, _ in row.pieces(self._sizes):
-            stored = self._slice(row, self._name(row, name, layer), sizes, start, stop)
-            narrowed = sizes if row.split is None else sizes | {row.split: stop - start}
+        for piece in row.pieces(self._sizes):
+            stored = self._slice(row, piece, self._name(row, piece.name, layer), start, stop)
+            narrowed = piece.sizes if row.split is None else piece.sizes | {row.split: stop - start}
             pieces.append(stored.reshape(row.shape(narrowed)))
         return row.join(pieces)
 
@@ -100,7 +105,7 @@ class HuggingFaceSource:
         expected = self._expected()
         problems = [f"missing: {name}" for name in expected if name not in self._where]
         problems += self._false_tie()
-        ignored = {"lm_head.weight"} if self.spec.tie_embeddings else set()
+        ignored = {self._head} if self.spec.tie_embeddings else set()
         left = [name for name in self._where if name not in expected and name not in ignored]
         problems += [f"left over: {name}" for name in left if not name.endswith(_LEFT_OVER)]
         problems += self._misfits(expected)
@@ -124,20 +129,19 @@ class HuggingFaceSource:
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         expected = {}
-        for row in rows_of(self.spec.family):
-            for layer in range(self.spec.num_layers) if row.stage == "layer" else (None,):
-                for name, sizes, _ in row.pieces(self._sizes):
-                    expected[self._name(row, name, layer)] = row.stored_shape(sizes)
+        for row, layer in whole_rows(rows_of(self.spec.family), self.spec):
+            for name, shape in row.tensors(self._sizes).items():
+                expected[self._name(row, name, layer)] = shape
         return expected
 
     def _false_tie(self) -> list[str]:
         """A head beside a tied embedding must be the same: transformers would use both."""
-        if not self.spec.tie_embeddings or "lm_head.weight" not in self._where:
+        if not self.spec.tie_embeddings or self._head not in self._where:
             return []
-        head, embedding = (self._whole(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        head, embedding = self._whole(self._head), self._whole(self._embedding.removeprefix(self._left_out))
         if head is None or embedding is None or (head.shape == embedding.shape and torch.equal(head, embedding)):
             return []
-        return ["lm_head.weight differs from the embedding although config.json ties them; set tie_word_embeddings"]
+        return [f"{self._head} differs from the embedding although config.json ties them; set tie_word_embeddings"]
 
     def _whole(self, name: str) -> Tensor | None:
         return (
@@ -158,20 +162,25 @@ class HuggingFaceSource:
 
     def _name(self, row: Row, name: str, layer: int | None) -> str:
         if row.name == HEAD and self.spec.tie_embeddings:
-            return "model.embed_tokens.weight"
-        return name.format(layer=layer)
+            name = self._embedding
+        return name.removeprefix(self._left_out).format(layer=layer)
 
-    def _slice(self, row: Row, name: str, sizes: dict[str, int], start: int, stop: int) -> Tensor:
-        file = self._file(name)
+    def _slice(self, row: Row, piece: Piece, name: str, start: int, stop: int) -> Tensor:
+        """The stored part of a piece between two bounds of the split axis."""
+        file, expected = self._file(name), row.tensors(self._sizes)[piece.name]
         shape, _ = file.describe(name)
-        if shape != row.stored_shape(sizes):
-            raise ValueError(f"{file.path}: {name} is {list(shape)}, expected {list(row.stored_shape(sizes))}")
+        if shape != expected:
+            raise ValueError(f"{file.path}: {name} is {list(shape)}, expected {list(expected)}")
         if row.split is None:
-            return file.slice(name, 0, 0, shape[0])
-        dim = 1 if row.splits_input else 0
-        side = row.axes.split("|")[dim].split()
-        inner = prod(sizes[axis] for axis in side[side.index(row.split) + 1 :])
-        return file.slice(name, dim, start * inner, stop * inner)
+            dim, first, last = 0, 0, row.stored_shape(piece.sizes)[0]
+        else:
+            dim = 1 if row.splits_input else 0
+            side = row.axes.split("|")[dim].split()
+            inner = prod(piece.sizes[axis] for axis in side[side.index(row.split) + 1 :])
+            first, last = start * inner, stop * inner
+        if row.transposed and len(shape) == 2:
+            return file.slice(name, 1 - dim, piece.start + first, piece.start + last).t()
+        return file.slice(name, dim, piece.start + first, piece.start + last)
 
     def _file(self, name: str) -> TensorFile:
         if name not in self._where:
@@ -212,7 +221,8 @@ class HuggingFaceSource:
         return listed
 
     def _stored_dtype(self) -> str:
-        name = next((name for name in self._where if name.endswith("embed_tokens.weight")), next(iter(self._where)))
+        """The dtype of the embedding, or else of the first tensor."""
+        name = next((name for name in self._where if name.endswith(_EMBEDDINGS)), next(iter(self._where)))
         return self._file(name).describe(name)[1]
 
 

@@ -83,7 +83,7 @@ class TakesWeight(Protocol):
 def _read(target: Tensor, parameter: Parameter, source: Source, topology: Topology) -> Tensor:
     """What belongs into `target`, in its dtype; mapped memory of the file where nothing has to be changed."""
     read = reader(source, parameter.row, parameter.layer)
-    local = shard(parameter.row, read, source.spec, topology.tp_rank, topology.tp)
+    local = shard(parameter.row, read, source.spec, topology)
     assert local.shape == target.shape, f"{parameter.name}: {local.shape} for {target.shape}"
     converted = local.to(target.dtype)
     if target.dtype == torch.float16 and local.dtype != torch.float16 and torch.isinf(converted).any():

@@ -41,7 +41,8 @@ class FileRecord:
 class Layout:
     """How a model lies in a Megatron directory: `layers` for each stage, `padded_vocab` rows over all tensor ranks.
 
-    `save_format` is `torch` or `safetensors`.
+    `save_format` is `torch` or `safetensors`. Of the `tp` ranks, `ep` groups of neighbours have different experts.
+    groups_experts: a layer's experts lie in two tensors (see expert_layout.py).
     """
 
     tp: int
@@ -49,6 +50,8 @@ class Layout:
     layers: tuple[int, ...]
     padded_vocab: int
     save_format: str
+    ep: int = 1
+    groups_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,10 @@ def _manifest(content: dict[str, Any]) -> Manifest:
     if layout is not None:
         layout = Layout(**layout | {"layers": tuple(layout["layers"])})
     spec = content["spec"]
+    for name in ("sliding_layers", "expert_layers"):
+        if spec.get(name) is not None:
+            spec = spec | {name: tuple(spec[name])}
     if spec["rope_scaling"] is not None:
-        spec = spec | {"rope_scaling": RopeScaling(**spec["rope_scaling"])}
+        lists = {name: tuple(value) for name, value in spec["rope_scaling"].items() if isinstance(value, list)}
+        spec = spec | {"rope_scaling": RopeScaling(**spec["rope_scaling"] | lists)}
     return Manifest(content["conversion"], ModelSpec(**spec), layout, files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,16 +12,21 @@ from torch import Tensor
 from mindgen.weights.huggingface import TensorFile
 from mindgen.weights.pickles import arguments_of, load_pickle
 
-# Megatron's Transformer-Engine layers keep a norm in the linear layer behind it.
+# Megatron's Transformer-Engine layers keep a norm in the linear layer behind it; MindSpeed-LLM has two names of a gate.
 _RENAMED = {
+    "mlp.shared_expert_gate.weight": "mlp.shared_experts.gate_weight",
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+# Those of experts have a tensor for each, numbered at the end of its name.
+_NUMBERED = re.compile(r"(.*\.mlp\.experts\.)(linear_fc[12])\.weight(\d+)")
 _NOT_WEIGHTS = ("._extra_state", "rotary_pos_emb.inv_freq")
 IDENTITY = "mindgen_shard"  # in `args` or safetensors metadata: which conversion wrote the shard, and its place there
 
 
-class _Tensors(Protocol):
+class Tensors(Protocol):
+    """Tensors by the names of a file."""
+
     def describe(self, name: str) -> tuple[tuple[int, ...], str]: ...
 
     def slice(self, name: str, dim: int, start: int, stop: int) -> Tensor: ...
@@ -39,7 +45,7 @@ class Shard:
     args: dict[str, Any]
     iteration: int | None
     identity: str | None
-    tensors: _Tensors
+    tensors: Tensors
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and dtype (`bfloat16`, ...) of a tensor."""
@@ -108,6 +114,8 @@ def _local_names(path: Path, stored: Any) -> dict[str, str]:
         for theirs, ours in _RENAMED.items():
             if name.endswith(theirs):
                 local = name.removesuffix(theirs) + ours
+        if match := _NUMBERED.fullmatch(name):
+            local = f"{match[1]}local_experts.{match[3]}.{match[2]}.weight"
         if local in names:
             raise ValueError(f"{path} holds both {names[local]} and {name}, which are the same parameter")
         if _is_weight(name):

@@ -62,8 +62,7 @@ def _entries(source: Source, dtype: torch.dtype | None) -> Iterator[Entry]:
     last = _LastRow(source)
     for parameter in parameters(rows_of(source.spec.family), source.spec, SINGLE):
         kept = dtype or source.dtype(parameter.row, parameter.layer)
-        for name, piece_sizes, _ in parameter.row.pieces(sizes):
-            shape = parameter.row.stored_shape(piece_sizes)
+        for name, shape in parameter.row.tensors(sizes).items():
             yield Entry(name.format(layer=parameter.layer), kept, shape, partial(last.take, parameter, name, kept))
 
 

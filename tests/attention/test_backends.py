@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mindgen.attention.backend import BACKENDS, choose_backend
+from mindgen.attention.scores import Scores, alibi_slopes
 from mindgen.engine.kv_cache import KVCache
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 6, 2, 8, 4
@@ -21,6 +22,21 @@ MIXES = {
     "long chunk": [(36, 100)],
     "neighbours": [(1, 130)],
     "mixed": [(1, 9), (7, 7), (4, 10), (1, 3)],
+}
+
+
+def scores_of(window: int | None, **more: Any) -> Scores:
+    return Scores(HEAD_DIM**-0.5, (window,), **more)
+
+
+PLAIN = scores_of(None)
+KINDS = {
+    "plain": PLAIN,
+    "window": scores_of(3),
+    "soft cap": scores_of(None, softcap=0.8),
+    "soft cap, window": scores_of(3, softcap=0.8),
+    "ALiBi": scores_of(None, slopes=alibi_slopes(HEADS)),
+    "scale": Scores(0.9, (None,)),
 }
 
 
@@ -52,33 +68,38 @@ def make_batch(mix: list[tuple[int, int]]) -> Any:
     )
 
 
-def attend(name: str, mix: list[tuple[int, int]], window: int | None, cached: bool = True) -> torch.Tensor:
+def attend(name: str, mix: list[tuple[int, int]], scores: Scores = PLAIN, cached: bool = True) -> torch.Tensor:
     batch = make_batch(mix)
     generator = torch.Generator().manual_seed(2)
     tokens = int(batch.query_starts[-1])
     query = torch.randn(40, HEADS, HEAD_DIM, generator=generator)[:tokens]
     key, value = torch.randn(2, 40, KV_HEADS, HEAD_DIM, generator=generator)[:, :tokens]
-    context = choose_backend(name, window).prepare(batch, make_cache(0) if cached else None)
+    context = choose_backend(name, scores).prepare(batch, make_cache(0) if cached else None)
     return context.attend(0, query, key, value)
 
 
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("mix", list(MIXES))
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
-def test_matches_the_reference(name: str, mix: str, window: int | None) -> None:
-    torch.testing.assert_close(attend(name, MIXES[mix], window), attend("reference", MIXES[mix], window))
+def test_matches_the_reference(name: str, mix: str, kind: str) -> None:
+    torch.testing.assert_close(attend(name, MIXES[mix], KINDS[kind]), attend("reference", MIXES[mix], KINDS[kind]))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "plain"])
+def test_every_kind_of_scores_makes_a_difference(kind: str) -> None:
+    assert (attend("reference", MIXES["mixed"], KINDS[kind]) - attend("reference", MIXES["mixed"])).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_sequence_gets_the_same_in_a_crowd_as_alone(name: str) -> None:
-    crowd = attend(name, [(5, 5), (1, 6)], None)
-    torch.testing.assert_close(crowd[:5], attend(name, [(5, 5)], None), rtol=1e-5, atol=1e-6)
+    crowd = attend(name, [(5, 5), (1, 6)])
+    torch.testing.assert_close(crowd[:5], attend(name, [(5, 5)]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_without_a_cache_it_sees_the_batch_alone(name: str) -> None:
     prompts = MIXES["prompts"]
-    torch.testing.assert_close(attend(name, prompts, None, cached=False), attend("reference", prompts, None))
+    torch.testing.assert_close(attend(name, prompts, cached=False), attend("reference", prompts))
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
@@ -90,15 +111,15 @@ def test_what_a_broken_sequence_leaves_behind_reaches_no_other(name: str, broken
         batch = make_batch(mix)
         tokens = torch.full((int(batch.query_starts[-1]), KV_HEADS, HEAD_DIM), number)
         query = torch.ones(len(tokens), HEADS, HEAD_DIM)
-        output = choose_backend(name, None).prepare(batch, cache).attend(0, query, tokens, tokens)
+        output = choose_backend(name, PLAIN).prepare(batch, cache).attend(0, query, tokens, tokens)
     assert output.isfinite().all()
 
 
 def test_a_backend_that_cannot_run_says_why() -> None:
     with pytest.raises(ValueError, match="'cpu' cannot run: .*the model is on cuda; choose one of auto, sdpa, ref"):
-        choose_backend("cpu", None, torch.device("cuda"))
-    assert choose_backend("auto", None, torch.device("cuda")).name == "sdpa"
-    assert choose_backend("auto", None, torch.device("cpu")).name == "cpu"
+        choose_backend("cpu", PLAIN, torch.device("cuda"))
+    assert choose_backend("auto", PLAIN, torch.device("cuda")).name == "sdpa"
+    assert choose_backend("auto", PLAIN, torch.device("cpu")).name == "cpu"
 
 
 def test_the_reference_is_softmax_attention() -> None:
@@ -113,13 +134,13 @@ def test_the_reference_is_softmax_attention() -> None:
     )
     weights = torch.exp(query[:, 0] @ key[:, 0].T / HEAD_DIM**0.5).tril()
     expected = (weights / weights.sum(1, keepdim=True)) @ value[:, 0]
-    ours = choose_backend("reference", None).prepare(batch, None).attend(0, query, key, value)  # type: ignore[arg-type]
+    ours = choose_backend("reference", PLAIN).prepare(batch, None).attend(0, query, key, value)  # type: ignore[arg-type]
     torch.testing.assert_close(ours[:, 0], expected)
 
 
 def test_an_unknown_backend_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="'flsh'; choose one of auto, cpu, sdpa, reference"):
-        choose_backend("flsh", None)
+        choose_backend("flsh", PLAIN)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -134,6 +155,6 @@ def test_large_keys_lose_no_precision_in_bfloat16(name: str) -> None:
         narrow.copy_(wide + 10 if wide is cache.keys[0] else wide)
         wide.copy_(narrow)
     parts = [part.bfloat16() for part in (query, key + 10, value)]
-    exact = choose_backend("reference", None).prepare(batch, cache).attend(0, *(part.float() for part in parts))
-    ours = choose_backend(name, None).prepare(batch, low).attend(0, *parts)
+    exact = choose_backend("reference", PLAIN).prepare(batch, cache).attend(0, *(part.float() for part in parts))
+    ours = choose_backend(name, PLAIN).prepare(batch, low).attend(0, *parts)
     assert (ours.float() - exact).abs().max() < 0.05

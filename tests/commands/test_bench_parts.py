@@ -201,3 +201,15 @@ def test_published_shapes_have_published_sizes() -> None:
     sizes = {"tinyllama-1.1b": 1.100e9, "qwen2.5-0.5b": 0.494e9, "qwen3-8b": 8.19e9, "mistral-7b-v0.3": 7.25e9}
     for name, size in sizes.items():
         assert count_parameters(find_shape(name, "bfloat16")) == pytest.approx(size, rel=2e-3), name
+
+
+def test_experts_are_read_as_far_as_tokens_choose_them() -> None:
+    spec = replace(TINY_LLAMA, family="mixtral", num_experts=8, experts_per_token=2, expert_ffn_size=5632)
+    dense, work = count_work(TINY_LLAMA, 2), count_work(spec, 2)
+    one = 22 * 3 * 2048 * 5632
+    router = 22 * 8 * 2048
+    assert work.experts is not None and work.experts.bytes_of_one == 2 * one
+    assert work.weight_bytes == dense.weight_bytes - 2 * one + 2 * router
+    assert work.linear_flops == dense.linear_flops + 2 * (one + router)
+    assert work.decode_step(1, 0).num_bytes == pytest.approx(work.weight_bytes + 2 * 2 * one)
+    assert work.decode_step(100, 0).num_bytes == pytest.approx(work.weight_bytes + 8 * 2 * one)

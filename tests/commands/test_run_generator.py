@@ -206,7 +206,7 @@ BAD = {
     "two sources": (("--input_ids", "1,2", "--input_texts", "x"), "--input_texts and --input_ids"),
     "adapters": (("--input_dict", "[]"), "--input_dict is not supported"),
     "copies": (("--dp", "2"), "--dp is 2"),
-    "experts": (("--moe_ep", "4"), "--moe_ep is 4"),
+    "experts": (("--moe_ep", "4"), "expert parallel size 4"),
     "no cache at all": (("--npu_mem", "0"), "--npu_mem is 0.0"),
     "a block too large": (("--block_size", "2048"), "--block_size is 2048; it must be 1 to 1024"),
     "a batch of none": (("--max_batch_size", "0"), "--max_batch_size is 0"),

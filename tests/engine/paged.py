@@ -13,7 +13,7 @@ from zlib import crc32
 
 from mindgen.engine.blocks import BlockPool
 from mindgen.engine.request import Request, SamplingParams, Sequence, Status
-from mindgen.engine.scheduler import Scheduler, Step
+from mindgen.engine.scheduler import Chunk, Scheduler, Step
 
 VOCAB = 5  # small, so that different answers often have blocks in common
 Drawn = list[tuple[Sequence, list[int]]]  # of each chunk with rows, the context that its block table showed
@@ -23,6 +23,10 @@ def next_token(context: list[int], number: int) -> int:
     return crc32(bytes(context), number) % VOCAB
 
 
+def last(tokens: list[int], window: int | None) -> list[int]:
+    return tokens if window is None else tokens[-window:]
+
+
 def next_beams(contexts: list[list[int]], width: int) -> list[tuple[int, int]]:
     """(parent, token) of every new beam; the parents change places, double and vanish."""
     turn = sum(next_token(context, 77) for context in contexts)
@@ -30,16 +34,17 @@ def next_beams(contexts: list[list[int]], width: int) -> list[tuple[int, int]]:
     return [(parent, next_token(contexts[parent], place)) for place, parent in enumerate(parents)]
 
 
-def alone(request: Request) -> list[tuple[int, ...]]:
-    """The answers of a request, without scheduler, blocks or neighbours."""
+def alone(request: Request, window: int | None = None) -> list[tuple[int, ...]]:
+    """The answers of a request, without scheduler, blocks or neighbours, where a token sees the last `window`."""
     params, prompt = request.params, list(request.prompt)
     count = max(params.n, params.num_beams)
     answers = [prompt] if params.num_beams > 1 else [list(prompt) for _ in range(count)]
     for _ in range(params.max_new_tokens):
         if params.num_beams > 1:
-            answers = [[*answers[parent], token] for parent, token in next_beams(answers, count)]
+            seen = [last(answer, window) for answer in answers]
+            answers = [[*answers[parent], token] for parent, token in next_beams(seen, count)]
         else:
-            answers = [[*answer, next_token(answer, number)] for number, answer in enumerate(answers)]
+            answers = [[*answer, next_token(last(answer, window), number)] for number, answer in enumerate(answers)]
     return [tuple(answer[len(prompt) :]) for answer in answers]
 
 
@@ -62,6 +67,8 @@ class Play:
     answers: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)
     aborted: set[int] = field(default_factory=set)
     steps: list[Step] = field(default_factory=list)
+    window: int | None = None
+    most_held: int = 0  # blocks of any sequence that is no beam
 
     def play(self, arrivals: Iterable[Arrival], most_turns: int = 3000) -> None:
         """Until everything has ended and every block is available again."""
@@ -113,16 +120,22 @@ class Play:
                     self.memory[target * size + offset] = self.memory[source * size + offset]
         for chunk in step.chunks:
             for position, token in zip(chunk.positions, chunk.tokens, strict=True):
-                self.memory[chunk.sequence.blocks[position // size] * size + position % size] = (position, token)
-        contexts = [(chunk.sequence, self._read(chunk.sequence, chunk.end), chunk.num_samples) for chunk in step.chunks]
+                self.memory[self._slot(chunk.sequence, position)] = (position, token)
+        contexts = [(chunk.sequence, self._read(chunk), chunk.num_samples) for chunk in step.chunks]
         return [(sequence, context) for sequence, context, count in contexts if count]
 
-    def _read(self, sequence: Sequence, end: int) -> list[int]:
+    def _slot(self, sequence: Sequence, position: int) -> int:
         size = self.scheduler.block_size or 1
-        slots = [sequence.blocks[position // size] * size + position % size for position in range(end)]
-        entries = [self.memory[slot] for slot in slots]
-        assert [position for position, _ in entries] == list(range(end)), "a slot holds another position"
-        return [token for _, token in entries]
+        place = position // size - sequence.num_forgotten
+        assert place >= 0, "a token sees a block that was given back"
+        return sequence.blocks[place] * size + position % size
+
+    def _read(self, chunk: Chunk) -> list[int]:
+        """What the last token sees, after checking all that the first one sees too."""
+        seen = range(0 if self.window is None else max(0, chunk.start + 1 - self.window), chunk.end)
+        entries = [self.memory[self._slot(chunk.sequence, position)] for position in seen]
+        assert [position for position, _ in entries] == list(seen), "a slot holds another position"
+        return last([token for _, token in entries], self.window)
 
     def _answer(self, drawn: Drawn) -> None:
         beams: dict[int, Drawn] = {}
@@ -164,15 +177,19 @@ class Play:
         assert all(pool.num_owners(block) == count for block, count in owners.items())
         assert pool.reuse or not pool.num_cached
         for sequence in scheduler.sequences:
-            assert len(set(sequence.blocks)) == len(sequence.blocks) >= pool.blocks_for(sequence.num_computed)
+            placed = sequence.num_forgotten + len(sequence.blocks)
+            assert len(set(sequence.blocks)) == len(sequence.blocks)
+            assert placed >= pool.blocks_for(sequence.num_computed)
+            if sequence.request.params.num_beams == 1:
+                self.most_held = max(self.most_held, len(sequence.blocks))
             assert sequence.num_computed < len(sequence.tokens)
-            assert len(sequence.blocks) <= pool.blocks_for(len(sequence.tokens))
+            assert placed <= pool.blocks_for(len(sequence.tokens))
         flying = [chunk.sequence for step, _ in self.in_flight for chunk in step.chunks]
         assert len(set(flying)) == len(flying) == sum(sequence.in_flight for sequence in scheduler.sequences)
 
 
-def make_play(num_blocks: int, block_size: int, reuse: bool = True, **limits: int) -> Play:
-    return Play(Scheduler(BlockPool(num_blocks, block_size, reuse), **limits))
+def make_play(num_blocks: int, block_size: int, reuse: bool = True, window: int | None = None, **limits: int) -> Play:
+    return Play(Scheduler(BlockPool(num_blocks, block_size, reuse), window=window, **limits), window=window)
 
 
 def ask(number: int, prompt: Iterable[int], num_new: int, **options: int) -> Request:

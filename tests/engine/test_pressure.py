@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindgen.engine.blocks import BlockPool
-from mindgen.engine.fits import most_blocks
+from mindgen.engine.fits import Sight, most_blocks
 from mindgen.engine.request import Request
 from tests.engine.paged import VOCAB, Arrival, Play, alone, ask, make_play
 
@@ -43,14 +44,15 @@ limits = st.fixed_dictionaries(
 def tight(asked: list[Arrival], spare: int, limits: dict) -> Play:
     """A pool in which the largest request just fits, and `spare` blocks; at least so many tokens as there are beams."""
     limits["max_batch_tokens"] = max([limits["max_batch_tokens"]] + [one.request.params.num_beams for one in asked])
-    size = limits["block_size"]
-    need = max(most_blocks(arrival.request, BlockPool(1, size)) for arrival in asked)
+    size, window = limits["block_size"], limits.get("window")
+    sight = Sight(window, limits["max_batch_tokens"]) if window else None
+    need = max(most_blocks(arrival.request, BlockPool(1, size), sight) for arrival in asked)
     return make_play(need + spare, **limits)
 
 
 def check_answers(play: Play, asked: list[Arrival]) -> None:
     for request in [arrival.request for arrival in asked]:
-        expected = dict(enumerate(alone(request)))
+        expected = dict(enumerate(alone(request, play.window)))
         got = play.answers[request.id]
         assert got == expected or (request.id in play.aborted and got.items() <= expected.items())
 
@@ -74,6 +76,41 @@ def test_twenty_thousand_steps_under_pressure():
     run()
     assert num_steps > 20_000, num_steps
     assert num_preemptions > 500 and num_reused > 5_000, (num_preemptions, num_reused)
+
+
+def test_what_no_layer_sees_any_more_is_given_back():
+    num_preemptions = num_reused = num_saved = 0
+
+    @settings(max_examples=100)
+    @given(arrivals(), st.integers(0, 12), limits, st.integers(1, 20), st.integers(1, 12))
+    def run(asked: list[Arrival], spare: int, limits: dict, window: int, most_tokens: int) -> None:
+        nonlocal num_preemptions, num_reused, num_saved
+        limits = limits | {"window": window, "max_batch_tokens": min(limits["max_batch_tokens"], most_tokens)}
+        play = tight(asked, spare, limits)
+        play.play(asked)
+        check_answers(play, asked)
+        pool = BlockPool(1, limits["block_size"])
+        assert play.most_held <= Sight(window, limits["max_batch_tokens"]).most_blocks(pool)
+        stats = play.scheduler.stats
+        num_preemptions += stats.num_preemptions
+        num_reused += stats.num_reused_tokens
+        longest = max(most_blocks(one.request, pool) for one in asked)
+        num_saved += longest > play.scheduler.pool.num_blocks
+
+    run()
+    assert num_preemptions > 25 and num_reused > 300 and num_saved > 15, (num_preemptions, num_reused, num_saved)
+
+
+def test_a_long_answer_fits_into_the_blocks_of_its_window():
+    window, chunk, size = 8, 4, 4
+    need = Sight(window, chunk).most_blocks(BlockPool(1, size))
+    play = make_play(need, size, window=window, max_batch_tokens=chunk)
+    asked = [Arrival(ask(0, [1, 2, 3] * 20, 100))]
+    play.play(asked)
+    check_answers(play, asked)
+    assert play.most_held <= need == 4 and play.scheduler.stats.num_preemptions == 0
+    with pytest.raises(ValueError, match="takes 40 blocks of 4 tokens, but the cache has 4"):
+        make_play(need, size, max_batch_tokens=chunk).play(asked)
 
 
 @settings(max_examples=80)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mindgen.attention.reference import ReferenceAttention, ReferenceContext
+from mindgen.attention.scores import Scores
 from mindgen.engine.blocks import BlockPool
 from mindgen.engine.engine import Engine
 from mindgen.engine.kv_cache import KVCache
@@ -26,6 +27,7 @@ from tests.engine.fakes import run, token_ids
 
 NUM_LAYERS, HIDDEN, VOCAB = 3, 8, 20
 NUM_BLOCKS, BLOCK_SIZE = 40, 4
+SCORES = Scores(HIDDEN**-0.5, (None,) * NUM_LAYERS)
 
 
 @dataclass
@@ -107,7 +109,7 @@ def make_runner(topology: Topology, groups: dict, cached: bool) -> Runner:
     stage = TinyStage(topology, tp)
     shape = (len(stage.layers), NUM_BLOCKS, BLOCK_SIZE, 1, HIDDEN)
     cache = KVCache(*shape, dtype=torch.float32, device="cpu") if cached else None
-    return Runner(stage, cache, ReferenceAttention(None), World(topology, tp, pp), torch.device("cpu"))
+    return Runner(stage, cache, ReferenceAttention(SCORES), World(topology, tp, pp), torch.device("cpu"))
 
 
 @contextmanager
@@ -183,7 +185,7 @@ def test_a_long_prompt_is_scored_a_few_rows_at_a_time():
             return super().logits(hidden)
 
     world = World()
-    runner = Runner(Watched(SINGLE, SingleGroup()), None, ReferenceAttention(None), world, torch.device("cpu"))
+    runner = Runner(Watched(SINGLE, SingleGroup()), None, ReferenceAttention(SCORES), world, torch.device("cpu"))
     engine = Engine(Scheduler(None, max_batch_tokens=1000), runner)
     prompt = tuple(token % VOCAB for token in range(600))
     (output,) = run(engine, Request(0, prompt, SamplingParams(max_new_tokens=1, prompt_logprobs=0)))
@@ -200,7 +202,7 @@ def test_a_run_can_be_closed_while_steps_are_in_flight():
 def test_one_rank_talks_to_nobody():
     stage = TinyStage(SINGLE, SingleGroup())
     cache = KVCache(NUM_LAYERS, NUM_BLOCKS, BLOCK_SIZE, 1, HIDDEN, torch.float32, "cpu")
-    runner = Runner(stage, cache, ReferenceAttention(None), World(), torch.device("cpu"))
+    runner = Runner(stage, cache, ReferenceAttention(SCORES), World(), torch.device("cpu"))
     engine = Engine(Scheduler(BlockPool(NUM_BLOCKS, BLOCK_SIZE)), runner)
     assert run(engine, *requests())  # a group of one raises when something is sent
     engine.close()

@@ -74,9 +74,12 @@ def one_by_one(runner: Runner, num_stages: int) -> Answers:
     return answers
 
 
-def together(runner: Runner, num_stages: int, way: Way) -> tuple[Answers, int, int]:
-    """All requests that can, shuffled, one every other step; the numbers of preemptions and of reused tokens."""
-    engine = _engine(runner, num_stages, way)
+def together(runner: Runner, num_stages: int, way: Way, window: int | None) -> tuple[Answers, int, int]:
+    """All requests that can, shuffled, one every other step; the numbers of preemptions and of reused tokens.
+
+    Blocks behind the `window` that all layers of the model have are given back.
+    """
+    engine = _engine(runner, num_stages, way, window)
     requests = [request for request in mixed_requests() if can_share(request, way)]
     Random(way.max_batch_tokens).shuffle(requests)
     answers = _collect(engine, requests)
@@ -86,13 +89,14 @@ def together(runner: Runner, num_stages: int, way: Way) -> tuple[Answers, int, i
     return answers, stats.num_preemptions, stats.num_reused_tokens
 
 
-def _engine(runner: Runner, num_stages: int, way: Way) -> Engine:
+def _engine(runner: Runner, num_stages: int, way: Way, window: int | None = None) -> Engine:
     cache = runner.cache
     assert cache is not None and cache.num_blocks >= NUM_BLOCKS
     largest = max(most_blocks(request, BlockPool(1, cache.block_size)) for request in mixed_requests())
     blocks = NUM_BLOCKS if way.spare is None else largest + way.spare
     pool = BlockPool(blocks, cache.block_size, way.reuse)
-    return Engine(Scheduler(pool, max_batch_tokens=way.max_batch_tokens, num_stages=num_stages), runner)
+    scheduler = Scheduler(pool, max_batch_tokens=way.max_batch_tokens, num_stages=num_stages, window=window)
+    return Engine(scheduler, runner)
 
 
 def _collect(engine: Engine, requests: list[Request]) -> Answers:

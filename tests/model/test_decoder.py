@@ -18,18 +18,26 @@ from mindgen.parallel.topology import SINGLE
 from mindgen.spec import ModelSpec, RopeScaling
 from mindgen.weights.huggingface import open_huggingface
 from mindgen.weights.load import load_weights
+from mindgen.weights.open import open_source
+from mindgen.weights.source import Source
 from tests.checkpoints import prompts
 from tests.model.batches import whole_prompt
 
 CPU = torch.device("cpu")
 
 
-def logits(folder: Path, ids: list[int], spec: ModelSpec | None = None, backend: str = "reference") -> torch.Tensor:
-    """What mindgen computes, with another spec than the checkpoint's if one is given."""
-    source = open_huggingface(folder)
+def logits(
+    folder: Path,
+    ids: list[int],
+    spec: ModelSpec | None = None,
+    backend: str = "reference",
+    source: Source | None = None,
+) -> torch.Tensor:
+    """What mindgen computes of a folder (or of what was opened), with another spec than the checkpoint's if given."""
+    source = source or open_source(folder)
     model = build_stage(spec or source.spec, SINGLE, SingleGroup(), torch.float32, CPU)
     load_weights(model, source, SINGLE)
-    context = choose_backend(backend, (spec or source.spec).sliding_window).prepare(whole_prompt(ids), None)
+    context = choose_backend(backend, model.scores).prepare(whole_prompt(ids), None)
     with torch.inference_mode():
         return model.logits(model(torch.tensor(ids), context))
 
@@ -52,14 +60,40 @@ def changes(spec: ModelSpec) -> dict[str, ModelSpec]:
     """The spec with each field changed that alters the computation without altering a shape."""
     changed = {
         "norm_epsilon": replace(spec, norm_epsilon=spec.norm_epsilon * 2),
-        "rope_theta": replace(spec, rope_theta=spec.rope_theta * 1.1),
         "sliding_window": replace(spec, sliding_window=spec.sliding_window - 1 if spec.sliding_window else 60),
-        "rope_scaling": replace(spec, rope_scaling=None if spec.rope_scaling else RopeScaling("linear", 1.1)),
+        "positions": replace(spec, positions="alibi" if spec.positions == "rope" else "rope"),
+        "activation": replace(spec, activation="gelu" if spec.activation == "silu" else "silu"),
+        "embedding_scale": replace(spec, embedding_scale=not spec.embedding_scale),
+        "query_scalar": replace(spec, query_scalar=(spec.query_scalar or spec.head_dim) * 1.3),
+        "attention_softcap": replace(spec, attention_softcap=None if spec.attention_softcap else 3.0),
+        "logits_softcap": replace(spec, logits_softcap=None if spec.logits_softcap else 3.0),
     }
+    if not spec.tie_embeddings:
+        changed["normalised_head"] = replace(spec, normalised_head=not spec.normalised_head)
+    if spec.num_experts is not None:
+        changed |= {
+            "experts_per_token": replace(spec, experts_per_token=(spec.experts_per_token or 0) + 1),
+            "renormalise_experts": replace(spec, renormalise_experts=not spec.renormalise_experts),
+        }
+    if spec.normalization == "RMSNorm":
+        changed["norm_offset"] = replace(spec, norm_offset=not spec.norm_offset)
+    if spec.positions == "rope":
+        changed |= {
+            "rope_theta": replace(spec, rope_theta=spec.rope_theta * 1.1),
+            "rope_scaling": replace(spec, rope_scaling=None if spec.rope_scaling else RopeScaling("linear", 1.1)),
+            "rotary_interleaved": replace(spec, rotary_interleaved=not spec.rotary_interleaved),
+        }
+    if spec.positions == "rope" and not (spec.rope_scaling and spec.rope_scaling.short_factors):
+        changed["rotary_percent"] = replace(spec, rotary_percent=0.75 if spec.rotary_percent == 1 else 1.0)
+    if spec.sliding_window is not None:
+        changed["sliding_layers"] = replace(spec, sliding_layers=(1, 3) if spec.sliding_layers is None else None)
     if spec.rope_scaling is not None:
         for item in fields(spec.rope_scaling):
             value = getattr(spec.rope_scaling, item.name)
-            if isinstance(value, int | float):
+            if item.name == "short_factors" and value is not None:
+                scaling = replace(spec.rope_scaling, short_factors=tuple(2 * number for number in value))
+                changed[item.name] = replace(spec, rope_scaling=scaling)
+            elif isinstance(value, int | float):
                 changed[item.name] = replace(spec, rope_scaling=replace(spec.rope_scaling, **{item.name: value * 3}))
     return changed
 

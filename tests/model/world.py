@@ -1,10 +1,11 @@
-"""A program for four ranks: every checkpoint at every layout, once. Run by test_layouts.py; writes what it computed.
+"""A program for four ranks: checkpoints at layouts in ways. Run by test_layouts.py; writes what it computed.
 
-`python -m tests.model.world OUT TP,PP ... -- FOLDER ...`
+`python -m tests.model.world OUT`, where OUT/plan.json says which: {"TP,PP,EP": {FOLDER: [WAY, ...]}}.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -31,43 +32,41 @@ WAYS = {
     "beams 2": SamplingParams(max_new_tokens=12, temperature=0.0, num_beams=2),
     "beams 4": SamplingParams(max_new_tokens=12, temperature=0.0, num_beams=4, length_penalty=1.5),
 }
-PRESSED = [("llama31", 1, 1), ("llama31", 2, 1), ("llama31", 1, 2), ("llama31", 2, 2), ("mistral", 1, 1)]
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    bar = arguments.index("--")
-    layouts = [tuple(map(int, text.split(","))) for text in arguments[1:bar]]
-    with start_ranks(4, arguments, program=("-m", "tests.model.world")) as ranks:
+    out = Path(sys.argv[1])
+    plan = json.loads((out / "plan.json").read_text())
+    with start_ranks(4, sys.argv[1:], program=("-m", "tests.model.world")) as ranks:
         torch.set_num_threads(1)
         with connect(Topology(ranks.place.rank, 4, 1), CPU, ranks=ranks) as world:
-            for tp, pp in layouts:
-                part = world.part(tp, pp)
-                for folder in map(Path, arguments[bar + 1 :]):
+            for layout, folders in plan.items():
+                part = world.part(*map(int, layout.split(",")))
+                for folder, ways in folders.items():
                     if part is not None:
-                        run_cell(folder, part, Path(arguments[0]))
+                        run_cell(Path(folder), ways, part, out)
 
 
-def run_cell(folder: Path, world: World, out: Path) -> None:
+def run_cell(folder: Path, ways: list[str], world: World, out: Path) -> None:
     """Logits of whole prompts, and tokens through the engine, of one checkpoint at one layout."""
     topology = world.topology
     config = EngineConfig(
-        str(folder), topology.tp, topology.pp, block_size=8, max_batch_tokens=48, kv_cache_memory=0.004
+        str(folder), topology.tp, topology.pp, topology.ep, block_size=8, max_batch_tokens=48, kv_cache_memory=0.004
     )
     source = open_huggingface(folder)
     runner = make_runner(config, source, world, CPU, 4)
-    logits = [whole_logits(runner.model, world, ids, source.spec.sliding_window) for ids in prompts(3)]  # type: ignore[arg-type]
+    logits = [whole_logits(runner.model, world, ids) for ids in prompts(3)]  # type: ignore[arg-type]
     if topology.is_last_stage and topology.tp_rank == 0:
-        torch.save(logits, out / f"{folder.name} {topology.tp} {topology.pp} logits.pt")
+        torch.save(logits, out / f"{folder.name} {topology.tp} {topology.pp} {topology.ep} logits.pt")
     if topology.rank:
         runner.follow()
         return
     engine = make_engine(Opened(config, source), runner)
-    tokens = {name: generate(engine, params) for name, params in WAYS.items()}
-    if (folder.name, topology.tp, topology.pp) in PRESSED:
-        torch.save(under_pressure(runner, topology.pp), out / f"{folder.name} {topology.tp} {topology.pp} pressure.pt")
+    place = f"{folder.name} {topology.tp} {topology.pp} {topology.ep}"
+    torch.save({way: generate(engine, WAYS[way]) for way in ways if way in WAYS}, out / f"{place} tokens.pt")
+    if "pressure" in ways:
+        torch.save(under_pressure(runner, topology.pp, source.spec.widest_window), out / f"{place} pressure.pt")
     engine.close()
-    torch.save(tokens, out / f"{folder.name} {topology.tp} {topology.pp} tokens.pt")
 
 
 def generate(engine: object, params: SamplingParams) -> list[list[int]]:
@@ -78,19 +77,19 @@ def generate(engine: object, params: SamplingParams) -> list[list[int]]:
     return answers
 
 
-def under_pressure(runner: Runner, num_stages: int) -> dict[str, object]:
+def under_pressure(runner: Runner, num_stages: int, window: int | None) -> dict[str, object]:
     """The answers one by one, and those of every way to run all requests together with what the scheduler did."""
-    together = {name: pressure.together(runner, num_stages, way) for name, way in pressure.WAYS.items()}
+    together = {name: pressure.together(runner, num_stages, way, window) for name, way in pressure.WAYS.items()}
     return {"one by one": pressure.one_by_one(runner, num_stages) if num_stages == 1 else None, **together}
 
 
 @torch.inference_mode()
-def whole_logits(model: Decoder, world: World, ids: list[int], window: int | None) -> torch.Tensor:
+def whole_logits(model: Decoder, world: World, ids: list[int]) -> torch.Tensor:
     """The prompt through all stages without engine or cache; the last stage's logits, empty elsewhere."""
     from mindgen.attention.backend import choose_backend
 
     topology = world.topology
-    context = choose_backend("reference", window).prepare(whole_prompt(ids), None)
+    context = choose_backend("reference", model.scores).prepare(whole_prompt(ids), None)
     hidden = torch.tensor(ids)
     if not topology.is_first_stage:
         hidden = world.pp.receive(torch.empty(len(ids), model.hidden_size), source=topology.pp_rank - 1)

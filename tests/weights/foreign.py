@@ -44,31 +44,32 @@ def write_megatron(path: Path, config: dict[str, Any], tensors: dict[str, Tensor
         for rank in range(style.tp):
             name = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if style.pp > 1 else "")
             (folder / name).mkdir(parents=True)
-            model = _shard(config, tensors, style, sum(layers[:stage]), layers[stage], stage, rank)
-            _save(folder / name / "model_optim_rng.pt", config, model, style)
+            model = shard_of(config, tensors, style, sum(layers[:stage]), layers[stage], stage, rank)
+            save_shard(folder / name / "model_optim_rng.pt", config, model, style)
     (path / "latest_checkpointed_iteration.txt").write_text(style.tracker)
     return folder
 
 
-def _shard(
+def shard_of(
     config: dict[str, Any], tensors: dict[str, Tensor], style: Style, first: int, count: int, stage: int, rank: int
 ) -> dict[str, Any]:
+    """What one file holds of a dense model, or of one with experts without those."""
     model: dict[str, Any] = {}
     tied = config.get("tie_word_embeddings")
     if stage == 0:
-        model["embedding.word_embeddings.weight"] = _vocab(tensors["model.embed_tokens.weight"], style, rank)
+        model["embedding.word_embeddings.weight"] = vocabulary_of(tensors["model.embed_tokens.weight"], style, rank)
     for local in range(count):
         model |= _layer(config, tensors, style, first + local, local, rank)
     if stage == style.pp - 1:
         model["decoder.final_layernorm.weight"] = tensors["model.norm.weight"].clone()
         if not tied:
-            model["output_layer.weight"] = _vocab(tensors["lm_head.weight"], style, rank)
+            model["output_layer.weight"] = vocabulary_of(tensors["lm_head.weight"], style, rank)
         elif style.pp > 1:
-            model["output_layer.weight"] = _vocab(tensors["model.embed_tokens.weight"], style, rank)
+            model["output_layer.weight"] = vocabulary_of(tensors["model.embed_tokens.weight"], style, rank)
     return model
 
 
-def _vocab(weight: Tensor, style: Style, rank: int) -> Tensor:
+def vocabulary_of(weight: Tensor, style: Style, rank: int) -> Tensor:
     missing = style.padded_vocab - weight.shape[0]
     padded = torch.cat([weight, weight[-1:].repeat(missing, 1)])
     return padded.chunk(style.tp, dim=0)[rank].clone()
@@ -88,19 +89,19 @@ def _layer(
             parts += [q[g * each : (g + 1) * each], k[g * head : (g + 1) * head], v[g * head : (g + 1) * head]]
         return torch.cat(parts).chunk(style.tp, dim=0)[rank].clone()
 
-    gate = tensors[theirs + "mlp.gate_proj.weight"].chunk(style.tp, dim=0)[rank]
-    up = tensors[theirs + "mlp.up_proj.weight"].chunk(style.tp, dim=0)[rank]
-    te = style.transformer_engine
+    te, is_dense = style.transformer_engine, theirs + "mlp.gate_proj.weight" in tensors
     norm = "self_attention.linear_qkv.layer_norm_weight" if te else "input_layernorm.weight"
-    mlp_norm = "mlp.linear_fc1.layer_norm_weight" if te else "pre_mlp_layernorm.weight"
+    mlp_norm = "mlp.linear_fc1.layer_norm_weight" if te and is_dense else "pre_mlp_layernorm.weight"
     found = {
         norm: tensors[theirs + "input_layernorm.weight"].clone(),
         "self_attention.linear_qkv.weight": interleaved("weight"),
-        "self_attention.linear_proj.weight": _columns(tensors[theirs + "self_attn.o_proj.weight"], style, rank),
+        "self_attention.linear_proj.weight": columns_of(tensors[theirs + "self_attn.o_proj.weight"], style, rank),
         mlp_norm: tensors[theirs + "post_attention_layernorm.weight"].clone(),
-        "mlp.linear_fc1.weight": torch.cat([gate, up]),
-        "mlp.linear_fc2.weight": _columns(tensors[theirs + "mlp.down_proj.weight"], style, rank),
     }
+    if is_dense:
+        gate, up = (tensors[f"{theirs}mlp.{part}_proj.weight"].chunk(style.tp, dim=0)[rank] for part in ("gate", "up"))
+        found["mlp.linear_fc1.weight"] = torch.cat([gate, up])
+        found["mlp.linear_fc2.weight"] = columns_of(tensors[theirs + "mlp.down_proj.weight"], style, rank)
     if theirs + "self_attn.q_proj.bias" in tensors:
         found["self_attention.linear_qkv.bias"] = interleaved("bias")
     if theirs + "self_attn.q_norm.weight" in tensors:
@@ -113,7 +114,7 @@ def _layer(
     return {ours + name: value for name, value in found.items()}
 
 
-def _columns(weight: Tensor, style: Style, rank: int) -> Tensor:
+def columns_of(weight: Tensor, style: Style, rank: int) -> Tensor:
     return weight.chunk(style.tp, dim=1)[rank].clone()
 
 
@@ -147,7 +148,7 @@ def megatron_args(config: dict[str, Any], style: Style) -> dict[str, Any]:
     } | (style.args or {})
 
 
-def _save(path: Path, config: dict[str, Any], model: dict[str, Any], style: Style) -> None:
+def save_shard(path: Path, config: dict[str, Any], model: dict[str, Any], style: Style) -> None:
     with _fake_megatron() as model_type:
         shard: dict[str, Any] = {"checkpoint_version": 3.0, "iteration": 1, "model": model}
         if style.args is not None:

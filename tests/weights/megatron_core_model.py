@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,11 @@ def make_config(args: Namespace) -> TransformerConfig:
     It knows neither `num_layer_list` nor `sliding_window`; users of both give it `--decoder-first-pipeline-num-layers`
     and `--window-size` themselves.
     """
-    assert (args.swiglu, args.bf16, args.fp16) == (True, False, False)
+    assert (args.bf16, args.fp16) == (False, False)
     values = {item.name: getattr(args, item.name) for item in fields(TransformerConfig) if hasattr(args, item.name)}
     values |= {
-        "activation_func": F.silu,
-        "gated_linear_unit": True,
+        "activation_func": F.silu if args.swiglu else partial(F.gelu, approximate="tanh" if args.gelu_tanh else "none"),
+        "gated_linear_unit": args.swiglu or args.geglu,
         "layernorm_epsilon": args.norm_epsilon,
         "layernorm_zero_centered_gamma": args.apply_layernorm_1p,
         "num_moe_experts": args.num_experts,

@@ -57,7 +57,10 @@ def test_no_flag_states_nothing() -> None:
 @pytest.mark.parametrize("word", list(words()), ids=lambda word: word.flag)
 def test_every_flag_that_contradicts_is_named_with_both_values_and_the_place(word: Any) -> None:
     if word.kind is None:
-        spec = replace(LLAMA31, tie_embeddings=True)
+        changes = {"activation": "gelu" if word.value == "silu" else "silu", "tie_embeddings": True}
+        changes |= {"positions": "alibi" if word.value == "rope" else "rope"}
+        changes |= {"renormalise_experts": word.value is False}
+        spec = replace(LLAMA31, **changes, family="bloom" if word.value is False else "llama")
         flags, value = parse(word.flag), word.value
     else:
         spec = LLAMA31
@@ -105,10 +108,42 @@ def test_a_model_without_rope_scaling_takes_none() -> None:
         LLAMA31,
         replace(LLAMA31, rope_scaling=RopeScaling("yarn", 4.0, 64, beta_fast=32.0, beta_slow=1.0), sliding_window=77),
         replace(LLAMA31, rope_scaling=RopeScaling("linear", 2.5), tie_embeddings=True, num_kv_heads=32),
+        replace(LLAMA31, sliding_window=77, sliding_layers=(2, 4)),
+        replace(LLAMA31, sliding_window=77, sliding_layers=tuple(range(0, 32, 2))),
+        replace(LLAMA31, sliding_window=77, sliding_layers=()),
+        replace(LLAMA31, activation="gelu"),
+        replace(LLAMA31, activation="gelu_tanh", rope_scaling=None),
+        replace(LLAMA31, normalised_head=True),
         replace(LLAMA31, num_kv_heads=1, norm_epsilon=1.5625e-07, rope_theta=10000.5, vocab_size=7),
     ],
 )
 def test_the_args_that_we_write_say_all_of_a_spec(spec: ModelSpec) -> None:
     args = args_from_spec(spec, Layout(2, 2, (16, 16), spec.vocab_size + 1, "torch"), 1)
     stated = merge({"args": stated_by_args(args)}, {})
-    assert spec_from_statement(stated, "llama", "bfloat16", str(Path())) == spec
+    assert spec_from_statement(stated, stated["family"], "bfloat16", str(Path())) == spec
+
+
+@pytest.mark.parametrize("layers", [(), (2, 4), tuple(range(0, 32, 2)), None])
+def test_only_windows_of_every_other_layer_are_called_interleaved(layers: tuple[int, ...] | None) -> None:
+    spec = replace(LLAMA31, sliding_window=77, sliding_layers=layers)
+    args = args_from_spec(spec, Layout(2, 2, (16, 16), spec.vocab_size, "torch"), 1)
+    assert args["interleave_sliding_window"] == (77 if layers is not None and len(layers) == 16 else None)
+
+
+def spec_of_sizes(**stated: Any) -> ModelSpec:
+    """The spec of others' Llama that states its sizes and no more."""
+    known = stated_by_spec(LLAMA31) | {"rope_scaling.kind": None}
+    del known["normalised_head"], known["vocab_size"]
+    return spec_from_statement(known | stated, "llama", "bfloat16", "there")
+
+
+def test_sizes_of_baichuan_2_are_no_llamas() -> None:
+    """Its head is normalised, which no flag and no weight says."""
+    sizes = {"ffn_size": 11008, "num_kv_heads": 32}
+    for padded in (125696, 125952):
+        with pytest.raises(ValueError, match="Put the model's config.json into it.* normalised_head"):
+            spec_of_sizes(padded_vocab_size=padded, **sizes)
+        assert spec_of_sizes(padded_vocab_size=padded, normalised_head=True, **sizes).normalised_head
+        assert not spec_of_sizes(padded_vocab_size=padded).normalised_head
+    for padded in (32000, 128256):
+        assert not spec_of_sizes(padded_vocab_size=padded, **sizes).normalised_head

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from mindgen.weights.convert import ConvertConfig, convert
-from tests.checkpoints import CASES
 from tests.model.test_decoder import difference
 
 # The package around megatron.core, which itself takes seconds to import, and is imported by the program.
@@ -23,8 +22,12 @@ pytest.importorskip("megatron", reason="megatron-core, which would judge our sha
 # At 2 x 2 the stages have 3 and 2 layers, and the last one a copy of tied embeddings. At tp 4 two KV heads are shared
 # by two ranks each, and what is on disk is cut in the middle of them.
 LAYOUTS = [(2, 1), (2, 2), (4, 1)]
+# Those that its local layers compute: no ALiBi, soft caps, norms around blocks, offsets in norms or normalised heads;
+# and of families that differ in their files only, one.
+CASES = ("llama2", "llama31", "llama32", "mistral", "qwen2", "qwen25", "qwen3", "phi3", "glm", "gpt2")
 ROOT = Path(__file__).parents[2]
 
+cases = pytest.mark.parametrize("case", CASES)
 layouts = pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 
 
@@ -59,6 +62,7 @@ def cells(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @layouts
+@cases
 def test_megatron_core_computes_what_transformers_does(
     case: str, tp: int, pp: int, cells: Path, expected_logits: Callable[[str], list[torch.Tensor]]
 ) -> None:
@@ -69,6 +73,7 @@ def test_megatron_core_computes_what_transformers_does(
 
 
 @layouts
+@cases
 def test_every_shard_states_what_megatron_asks_a_checkpoint_for(
     case: str, tp: int, pp: int, shards: Path, judge: Callable[[str], Any]
 ) -> None:
@@ -89,27 +94,30 @@ def test_every_shard_states_what_megatron_asks_a_checkpoint_for(
 
 def stated_by_config(config: Any) -> dict[str, Any]:
     """A transformers config in Megatron's words."""
+    is_gpt = config.model_type == "gpt2"
+    groups = config.num_attention_heads if is_gpt else config.num_key_value_heads
+    rope = getattr(config, "rope_parameters", None) or {"rope_theta": 10000}
     return {
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_attention_heads,
-        "num_query_groups": config.num_key_value_heads,
-        "group_query_attention": config.num_key_value_heads < config.num_attention_heads,
+        "num_query_groups": groups,
+        "group_query_attention": groups < config.num_attention_heads,
         "kv_channels": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        "ffn_hidden_size": config.intermediate_size,
+        "ffn_hidden_size": 4 * config.hidden_size if is_gpt else config.intermediate_size,
         "max_position_embeddings": config.max_position_embeddings,
         "seq_length": config.max_position_embeddings,
-        "position_embedding_type": "rope",
-        "rotary_base": config.rope_parameters["rope_theta"],
-        "rotary_percent": 1.0,
-        "rotary_interleaved": False,
-        "norm_epsilon": config.rms_norm_eps,
-        "normalization": "RMSNorm",
+        "position_embedding_type": "learned_absolute" if is_gpt else "rope",
+        "rotary_base": rope["rope_theta"],
+        "rotary_percent": rope.get("partial_rotary_factor", 1.0),
+        "rotary_interleaved": config.model_type == "glm",
+        "norm_epsilon": config.layer_norm_epsilon if is_gpt else config.rms_norm_eps,
+        "normalization": "LayerNorm" if is_gpt else "RMSNorm",
         "apply_layernorm_1p": False,
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
-        "swiglu": True,
-        "add_bias_linear": False,
-        "add_qkv_bias": config.model_type == "qwen2",
+        "swiglu": not is_gpt,
+        "add_bias_linear": is_gpt,
+        "add_qkv_bias": config.model_type in ("qwen2", "glm", "gpt2"),
         "qk_layernorm": config.model_type == "qwen3",
         "num_experts": None,
     }

@@ -21,7 +21,6 @@ _RANGES = {
     "split_chunk_tokens": (1, 1_000_000),
     "block_size": (1, 1024),
 }
-_ONE_ONLY = {"dp": "copies of the model", "moe_ep": "experts", "moe_tp": "experts"}
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ class GeneratorConfig:
     do_post_process: bool = option(False, "without it answers are greedy", "--do_post_process", style="truth")
     tp: int = option(-1, "the same as --tensor-model-parallel-size; -1 is all ranks", "--tp")
     dp: int = option(-1, "1 is all there is; start one process for each copy of the model", "--dp")
-    moe_tp: int = option(-1, "1 is all there is: no experts yet", "--moe_tp")
-    moe_ep: int = option(-1, "1 is all there is: no experts yet", "--moe_ep")
+    moe_tp: int = option(-1, "ranks that share an expert; -1 is what moe_ep leaves of tp", "--moe_tp")
+    moe_ep: int = option(-1, "as --expert-model-parallel-size", "--moe_ep")
     input_dict: str | None = option(None, "refused: no LoRA adapters yet", "--input_dict")
     backend_type: str | None = option(None, "has no effect; see --attention", "--backend_type", choices=("atb", "ms"))
     trust_remote_code: bool = option(
@@ -104,11 +103,15 @@ class GeneratorConfig:
             raise ValueError(f"--npu_mem is {self.npu_mem}; it must be -1 (automatic) or a number of GiB above 0")
         if self.tp != -1 and self.tp < 1:
             raise ValueError(f"--tp is {self.tp}; it must be -1 (all ranks) or at least 1")
-        for name, what in _ONE_ONLY.items():
-            if getattr(self, name) not in (-1, 1):
-                raise ValueError(
-                    f"--{name} is {getattr(self, name)}, but several {what} are not supported; leave it out"
-                )
+        for name in ("moe_ep", "moe_tp"):
+            if getattr(self, name) != -1 and getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be -1 (automatic) or at least 1")
+        if self.moe_tp != -1 and self.tp != -1 and self.moe_tp * max(1, self.moe_ep) != self.tp:
+            raise ValueError(
+                f"--moe_tp {self.moe_tp} x --moe_ep {self.moe_ep} must be --tp {self.tp}; leave --moe_tp out"
+            )
+        if self.dp not in (-1, 1):
+            raise ValueError(f"--dp is {self.dp}, but several copies of the model are not supported; leave it out")
 
     @property
     def notes(self) -> list[str]:
@@ -140,6 +143,7 @@ def engine_config(options: GeneratorConfig, parsed: argparse.Namespace, plugins:
     chunk = None if options.split_chunk_tokens == 1 else options.split_chunk_tokens
     given = (
         ("tensor_parallel_size", "--tp", None if options.tp == -1 else options.tp),
+        ("expert_parallel_size", "--moe_ep", None if options.moe_ep == -1 else options.moe_ep),
         ("max_batch_tokens", "--max_prefill_tokens", options.max_prefill_tokens),
         ("max_batch_tokens", "--split_chunk_tokens", chunk),
         ("kv_cache_memory", "--npu_mem", None if options.npu_mem == -1 else options.npu_mem),

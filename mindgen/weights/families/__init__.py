@@ -5,36 +5,39 @@ A new dense variant is a line in FAMILIES; see docs/adding-a-model.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
+from mindgen.weights.families.baichuan import BAICHUAN
+from mindgen.weights.families.biased import BLOOM, GPT2
 from mindgen.weights.families.dense import DENSE, QK_NORM, QKV_BIAS
+from mindgen.weights.families.experts import MIXTRAL, QWEN2_MOE, QWEN3_MOE
+from mindgen.weights.families.family import Family
+from mindgen.weights.families.gemma import GEMMA, GEMMA2
+from mindgen.weights.families.glm import CHATGLM, GLM, GLM4
+from mindgen.weights.families.internlm import INTERNLM2
+from mindgen.weights.families.phi import PHI3
+from mindgen.weights.families.qwen1 import QWEN1
 from mindgen.weights.rows import Row
 
-
-@dataclass(frozen=True)
-class Family:
-    """A tuple of rows, and the parts of transformers' configuration that are particular to the family.
-
-    architecture: the class name in `architectures`.
-    defaults: values that the format itself defines for fields that `config.json` leaves out.
-    qkv_bias, qk_norm: what Megatron's `args` call `add_qkv_bias` and `qk_layernorm`.
-    """
-
-    architecture: str
-    rows: tuple[Row, ...]
-    defaults: dict[str, Any] = field(default_factory=dict)
-    qkv_bias: bool = False
-    qk_norm: bool = False
-
-
-_NO_WINDOW = {"use_sliding_window": False}
+_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", DENSE),
+    "llama": Family("LlamaForCausalLM", DENSE, kv_heads_default=True),
     "mistral": Family("MistralForCausalLM", DENSE, {"sliding_window": 4096}),
-    "qwen2": Family("Qwen2ForCausalLM", DENSE + QKV_BIAS, _NO_WINDOW, qkv_bias=True),
-    "qwen3": Family("Qwen3ForCausalLM", DENSE + QK_NORM, {"head_dim": 128} | _NO_WINDOW, qk_norm=True),
+    "qwen2": Family("Qwen2ForCausalLM", DENSE + QKV_BIAS, _WINDOW, sliding="later"),
+    "qwen3": Family("Qwen3ForCausalLM", DENSE + QK_NORM, {"head_dim": 128} | _WINDOW, sliding="later"),
+    "mixtral": MIXTRAL,
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3_moe": QWEN3_MOE,
+    "gemma": GEMMA,
+    "gemma2": GEMMA2,
+    "phi3": PHI3,
+    "glm": GLM,
+    "glm4": GLM4,
+    "chatglm": CHATGLM,
+    "baichuan": BAICHUAN,
+    "internlm2": INTERNLM2,
+    "qwen": QWEN1,
+    "bloom": BLOOM,
+    "gpt2": GPT2,
 }
 
 

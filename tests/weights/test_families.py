@@ -1,0 +1,193 @@
+"""Every family through the converter, and Megatron directories of new kinds of models as others write them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from mindgen.commands.convert import main
+from mindgen.weights.huggingface import open_huggingface
+from mindgen.weights.megatron import open_megatron
+from mindgen.weights.open import open_source
+from tests.checkpoints import YARN_ROPE, prompts
+from tests.model.test_decoder import difference, logits
+from tests.weights.folders import read_folder, same
+from tests.weights.foreign import Style
+from tests.weights.foreign_families import ARGS, write_family
+from tests.weights.test_convert import shards as contents
+
+ITERATION = "iter_0000001"
+
+
+def convert(kind: str, load: Path, save_kind: str, save: Path, *flags: Any) -> None:
+    words = ("--load-model-type", kind, "--save-model-type", save_kind, "--load-dir", load, "--save-dir", save, *flags)
+    assert main([str(word) for word in words]) == 0
+
+
+@pytest.fixture(scope="module")
+def shards(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, int, int], Path]:
+    """A case in Megatron's layout, converted once."""
+    folder = tmp_path_factory.mktemp("shards")
+
+    def get(name: str, tp: int, pp: int) -> Path:
+        target = folder / f"{name} {tp} {pp}"
+        if not target.exists():
+            sizes = ("--target-tensor-parallel-size", tp, "--target-pipeline-parallel-size", pp)
+            convert("hf", checkpoint(name), "mg", target, *sizes)
+        return target
+
+    return get
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 2), (4, 1)])
+def test_there_and_back_nothing_changes(
+    case: str, tp: int, pp: int, checkpoint: Callable[[str], Path], shards: Callable[..., Path], tmp_path: Path
+) -> None:
+    origin, megatron = checkpoint(case), shards(case, tp, pp)
+    convert("mg", megatron, "hf", tmp_path)
+    before = {name: value for name, value in read_folder(origin).items() if not name.endswith("inv_freq")}
+    assert same(read_folder(tmp_path / "mg2hf"), before)
+    assert open_source(tmp_path / "mg2hf").spec == open_source(megatron).spec == open_source(origin).spec
+    assert (tmp_path / "mg2hf/config.json").read_bytes() == (origin / "config.json").read_bytes()
+
+
+def test_shards_of_another_layout_compute_the_same(
+    case: str, shards: Callable[..., Path], expected_logits: Callable[[str], list[torch.Tensor]]
+) -> None:
+    assert difference(logits(shards(case, 2, 2), prompts(1)[0]), expected_logits(case)[0]) < 1e-4
+
+
+def test_args_alone_say_what_the_model_is(
+    case: str, checkpoint: Callable[[str], Path], shards: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(shards(case, 2, 2), tmp_path / "mg")
+    assert open_source(with_args_only(folder)).spec == open_source(checkpoint(case)).spec
+
+
+def with_args_only(folder: Path) -> Path:
+    for name in ("config.json", "mindgen_manifest.json"):
+        (folder / ITERATION / name).unlink()
+    return folder
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+SWITCHED = {"use_sliding_window": True, "sliding_window": 9}
+# Changes to a case's `config.json`, where transformers' defaults or Megatron's words would say something else.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, gelu": ("llama31", {"hidden_act": "gelu"}),
+    "llama, tanh": ("llama31", {"hidden_act": "gelu_new"}),
+    "llama, yarn": ("llama31", {"rope_parameters": YARN_ROPE | {"attention_factor": 1.25}}),
+    "gpt2, gelu": ("gpt2", {"activation_function": "gelu"}),
+    "gemma2, exact": ("gemma2", {"hidden_activation": "gelu"}),
+    "gemma2, layers": ("gemma2", {"layer_types": [FULL, SLIDING, SLIDING, FULL, FULL]}),
+    "mistral": ("mistral", {}),
+    "mistral, none": ("mistral", {"sliding_window": None}),
+    "phi3": ("phi3", {}),
+    "qwen2, later layers": ("qwen25", SWITCHED | {"max_window_layers": 2}),
+    "qwen2, all": ("qwen25", SWITCHED | {"max_window_layers": 0}),
+    "qwen2, none": ("qwen25", SWITCHED | {"max_window_layers": 5, "layer_types": [FULL] * 5}),
+    "qwen3, layers": ("qwen3", SWITCHED | {"layer_types": [FULL, SLIDING, SLIDING, FULL, SLIDING]}),
+    "qwen2_moe": ("qwen2_moe", SWITCHED | {"max_window_layers": 3}),
+    "qwen3_moe": ("qwen3_moe", SWITCHED | {"max_window_layers": 3}),
+}
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS.values(), ids=VARIANTS)
+def test_args_alone_say_what_is_unusual(
+    name: str, changes: dict[str, Any], checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    origin = shutil.copytree(checkpoint(name), tmp_path / "origin")
+    config = json.loads((origin / "config.json").read_text())
+    config.pop("layer_types", None)  # unless changes have it, those follow from other fields
+    (origin / "config.json").write_text(json.dumps(config | changes))
+    convert("hf", origin, "mg", tmp_path / "mg", "--target-tensor-parallel-size", 2)
+    spec = open_source(origin).spec
+    assert open_source(with_args_only(tmp_path / "mg")).spec == spec
+    if name == "gpt2":
+        return  # of which no config.json is made up
+    (tmp_path / "hf").mkdir()
+    convert("mg", tmp_path / "mg", "hf", tmp_path / "hf")
+    assert open_source(tmp_path / "hf/mg2hf").spec == spec
+    said, meant = (AutoConfig.from_pretrained(folder) for folder in (tmp_path / "hf/mg2hf", origin))
+    for field in ("model_type", "sliding_window", "layer_types", "hidden_activation"):
+        assert getattr(said, field, None) == getattr(meant, field, None)
+
+
+# --- directories that others wrote ------------------------------------------------------------------------------------
+
+SIZES = {
+    "num_hidden_layers": 5, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "intermediate_size": 96, "max_position_embeddings": 256, "rms_norm_eps": 1e-2, "rope_theta": 700,
+}  # fmt: skip
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "gemma2": {"tie_word_embeddings": True},
+    "glm": {},
+    "bloom": {"num_key_value_heads": 4, "head_dim": 16, "intermediate_size": 256, "max_position_embeddings": 2048}
+    | {"rope_theta": 10000, "tie_word_embeddings": True},
+}
+STYLES = {
+    "2x2": Style(tp=2, pp=2, layers=(3, 2), padded_vocab=384),
+    "4x1, above 2 groups": Style(tp=4, padded_vocab=332),
+}
+foreign = pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+families = pytest.mark.parametrize("family", OF_FAMILY)
+
+
+def write_theirs(path: Path, family: str, origin: Path, style: Style) -> Path:
+    style = replace(style, args=ARGS[family])
+    return write_family(path, family, SIZES | OF_FAMILY[family], read_folder(origin), style)
+
+
+@foreign
+@families
+def test_what_others_wrote_is_understood_from_its_args(
+    family: str,
+    style: Style,
+    checkpoint: Callable[[str], Path],
+    expected_logits: Callable[[str], list[torch.Tensor]],
+    tmp_path: Path,
+) -> None:
+    origin = checkpoint(family)
+    write_theirs(tmp_path / "mg", family, origin, style)
+    rope = {} if family == "bloom" else {"--rope-scaling-type": None}
+    source = open_megatron(tmp_path / "mg", rope | {"--vocab-size": 331})
+    source.check()
+    source.check_tied_head()
+    expected = open_huggingface(origin).spec
+    assert replace(source.spec, family=expected.family) == expected
+    assert source.spec.family == family
+    assert difference(logits(tmp_path / "mg", prompts(1)[0], source=source), expected_logits(family)[0]) < 1e-4
+
+
+@foreign
+@families
+def test_what_others_wrote_goes_back_to_huggingface(
+    family: str, style: Style, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    origin = checkpoint(family)
+    write_theirs(tmp_path / "mg", family, origin, style)
+    (tmp_path / "hf").mkdir()
+    shutil.copy(origin / "config.json", tmp_path / "hf")
+    convert("mg", tmp_path / "mg", "hf", tmp_path / "hf")
+    assert same(read_folder(tmp_path / "hf/mg2hf"), read_folder(origin))
+    assert open_source(tmp_path / "hf/mg2hf").spec == open_source(origin).spec
+
+
+@foreign
+@families
+def test_our_shards_are_theirs(family: str, style: Style, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    write_theirs(tmp_path / "theirs", family, checkpoint(family), style)
+    sizes = ("--target-tensor-parallel-size", style.tp, "--target-pipeline-parallel-size", style.pp)
+    divisor = style.padded_vocab // style.tp
+    convert("hf", checkpoint(family), "mg", tmp_path / "ours", *sizes, "--make-vocab-size-divisible-by", divisor)
+    assert same(contents(tmp_path / "ours"), contents(tmp_path / "theirs"))
