@@ -6,6 +6,8 @@
 #   TOKENIZER_PATH   the Hugging Face folder: its weights to convert, its tokenizer to generate (default: CHECKPOINT)
 #   TOKENIZER_MODEL  a tokenizer.model that is not in TOKENIZER_PATH
 #   TP, PP           tensor and pipeline parallel size, of the shards to write or of the ranks to start
+#   EP               how many groups of the TP ranks have different experts; empty without experts
+#   PROMPT_TYPE      the layout of conversations, for models without a chat template; empty: the tokenizer's template
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NPUS_PER_NODE   as torchrun has them
 #   PYTHON           default: the .venv that launch.sh makes, else python3
 #   DRY_RUN=1        print the command instead of running it
@@ -50,6 +52,7 @@ hf2mcore() {  # TOKENIZER_PATH -> CHECKPOINT
   require_path TOKENIZER_PATH
   require_path CHECKPOINT
   require_sizes TP PP
+  if [[ -n ${EP:-} ]]; then require_sizes EP && set -- --target-expert-parallel-size "$EP" "$@"; fi
   convert --load-model-type hf --save-model-type mg --load-dir "$TOKENIZER_PATH" --save-dir "$CHECKPOINT" \
     --target-tensor-parallel-size "$TP" --target-pipeline-parallel-size "$PP" "$@"
 }
@@ -65,6 +68,7 @@ generate_arguments() {  # sets arguments, from the variables
   require_path CHECKPOINT
   require_sizes TP PP
   arguments=(generate --load "$CHECKPOINT" --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP")
+  if [[ -n ${EP:-} ]]; then require_sizes EP && arguments+=(--expert-model-parallel-size "$EP"); fi
   if [[ -n ${TOKENIZER_PATH:-} && $TOKENIZER_PATH != your\ * ]]; then
     arguments+=(--tokenizer-name-or-path "$TOKENIZER_PATH")
   fi
@@ -94,8 +98,9 @@ generate() {  # $1: a name for the log of the text, logs/generate_mcore_$1.log
 }
 
 chat() {  # on one node without torchrun, which would take Ctrl-C for itself
-  local arguments launcher=("$PYTHON")
+  local arguments launcher=("$PYTHON") layout=(--hf-chat-template)
   generate_arguments
+  if [[ -n ${PROMPT_TYPE:-} ]]; then layout=(--prompt-type "$PROMPT_TYPE"); fi
   if [[ ${NNODES:-1} != 1 ]]; then choose_launcher; fi
-  run "${launcher[@]}" -m mindgen "${arguments[@]}" --task chat --hf-chat-template "$@"
+  run "${launcher[@]}" -m mindgen "${arguments[@]}" --task chat "${layout[@]}" "$@"
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -14,23 +15,62 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from mindgen.text.prompt_types import PROMPT_TYPES
 from tests.checkpoints import save_model
 
 MCORE = Path(__file__).resolve().parents[2] / "examples" / "mcore"
 SCRIPTS = sorted(MCORE.glob("*/*.sh"))
-MODELS = {"llama2": "llama2_7b", "llama31": "llama31_8b", "qwen25": "qwen25_7b"}
-PLACES = {"llama2": (8, 1), "llama31": (8, 1), "qwen25": (4, 2)}  # TP and PP that the scripts start from
-NAMES = [
-    name.format(model=model, family=family)
-    for family, model in MODELS.items()
-    for name in (
-        "{family}/ckpt_convert_{family}_hf2mcore.sh",
-        "{family}/ckpt_convert_{family}_mcore2hf.sh",
-        "{family}/generate_{model}_ptd.sh",
-        "{family}/chat_{model}_ptd.sh",
-    )
-]
-VARIABLES = "CHECKPOINT TOKENIZER_PATH TOKENIZER_MODEL TP PP NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPUS_PER_NODE"
+SIZES = {
+    "baichuan": "7b 13b",
+    "baichuan2": "7b 13b",
+    "bloom": "1b1 3b 7b1",
+    "chatglm3": "6B",
+    "codellama": "7b 13b 34b",
+    "gemma": "2b 7b",
+    "gemma2": "2b 9b 27b",
+    "glm4": "9b",
+    "gpt2": "124m",
+    "internlm2": "7b 20b",
+    "internlm25": "1point8b 7b 20b",
+    "llama2": "7b 13b 34B 70b",
+    "llama3": "8b 70b",
+    "llama31": "8b 70b",
+    "llama32": "1b 3b",
+    "mistral": "7b",
+    "mixtral": "8x7b 8x22b",
+    "phi3": "mini",
+    "qwen": "1point8b 7b 14b 72b",
+    "qwen15": "0point5b 1point8b 4b 7b 14b 32b 72b 110b",
+    "qwen15_moe": "a2point7b",
+    "qwen2": "0point5b 1point5b 7b 72b",
+    "qwen2_moe": "57b_a14b",
+    "qwen25": "0point5b 1point5b 3b 7b 14b 32b 72b",
+    "qwen3": "0point6b 1point7b 4b 8b 14b 32b",
+    "qwen3_moe": "30b_a3b 235b_a22b",
+    "yi": "6b 34b",
+    "yi15": "6b 9b 34b",
+}
+BASE_ONLY = ("baichuan", "bloom", "codellama", "gpt2", "yi")  # nothing to converse with
+EXPERTS = ("mixtral", "qwen15_moe", "qwen2_moe", "qwen3_moe")
+NAMED = {"qwen2_moe": "qwen2", "qwen3_moe": "qwen3"}  # the sizes of these say already that there are experts
+LAYOUTS = {"baichuan2": "baichuan2", "chatglm3": "chatglm3", "internlm2": "intern2", "qwen": "qwen"}  # no template
+MODELS = [(family, f"{NAMED.get(family, family)}_{size}") for family, sizes in SIZES.items() for size in sizes.split()]
+CHATS = [(family, model) for family, model in MODELS if family not in BASE_ONLY]
+CONVERSIONS = [f"{family}/ckpt_convert_{family}_{way}.sh" for family in SIZES for way in ("hf2mcore", "mcore2hf")]
+ENDINGS = {"chatglm3_6B": ""}  # that name came before the others
+
+
+def generate_script(family: str, model: str) -> str:
+    return f"{family}/generate_{model}{ENDINGS.get(model, '_ptd')}.sh"
+
+
+def chat_script(family: str, model: str) -> str:
+    return f"{family}/chat_{model}_ptd.sh"
+
+
+NAMES = CONVERSIONS + [generate_script(*model) for model in MODELS] + [chat_script(*model) for model in CHATS]
+VARIABLES = "CHECKPOINT TOKENIZER_PATH TOKENIZER_MODEL TP PP EP PROMPT_TYPE NNODES NODE_RANK MASTER_ADDR MASTER_PORT"
+VARIABLES += " NPUS_PER_NODE"
 
 
 def run(
@@ -58,10 +98,16 @@ def follow(command: list[str], *expected: Any) -> bool:
     return any(command[start : start + len(words)] == words for start in range(len(command)))
 
 
+def place(script: str) -> tuple[int, int]:
+    """The TP and PP that a script starts from."""
+    tp, pp = re.findall(r"^(?:TP|PP)=\$\{(?:TP|PP):-(\d+)\}$", (MCORE / script).read_text(), re.MULTILINE)
+    return int(tp), int(pp)
+
+
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
-def test_every_family_has_its_four_scripts() -> None:
+def test_every_family_has_its_scripts() -> None:
     assert sorted(NAMES) == [str(script.relative_to(MCORE)) for script in SCRIPTS]
 
 
@@ -82,7 +128,8 @@ def test_a_few_lines_and_only_flags_that_say_where(script: str, tmp_path: Path) 
     where |= {"--load-model-type", "--save-model-type", "--load-dir", "--save-dir", "--tokenizer-model"}
     where |= {"--target-tensor-parallel-size", "--target-pipeline-parallel-size"}
     where |= {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
-    assert flags <= where | {"--stream", "--task", "--hf-chat-template"}
+    where |= {"--expert-model-parallel-size", "--target-expert-parallel-size"}
+    assert flags <= where | {"--stream", "--task", "--hf-chat-template", "--prompt-type"}
 
 
 @pytest.mark.parametrize("script", NAMES)
@@ -96,7 +143,7 @@ def test_a_path_that_was_not_edited_is_refused(script: str, tmp_path: Path) -> N
 # --- one kind after the other -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", SIZES)
 def test_hf2mcore(family: str, tmp_path: Path) -> None:
     script = f"{family}/ckpt_convert_{family}_hf2mcore.sh"
     folders = {"CHECKPOINT": "my ckpt", "TOKENIZER_PATH": "hf"}
@@ -105,14 +152,14 @@ def test_hf2mcore(family: str, tmp_path: Path) -> None:
     assert follow(command, "--load-model-type", "hf", "--save-model-type", "mg")
     assert follow(command, "--load-dir", "hf", "--save-dir", "my ckpt")
     assert command[-2:] == ["--params-dtype", "bf16"] and "--tokenizer-model" not in command
-    tp, pp = PLACES[family]
+    tp, pp = place(script)
     assert follow(command, "--target-tensor-parallel-size", tp, "--target-pipeline-parallel-size", pp)
     command = dry_run(script, cwd=tmp_path, TP=1, PP=4, TOKENIZER_MODEL="t.model", **folders)
     assert follow(command, "--target-tensor-parallel-size", 1, "--target-pipeline-parallel-size", 4)
     assert follow(command, "--tokenizer-model", "t.model")
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", SIZES)
 def test_mcore2hf(family: str, tmp_path: Path) -> None:
     script = f"{family}/ckpt_convert_{family}_mcore2hf.sh"
     command = dry_run(script, "--overwrite", cwd=tmp_path, CHECKPOINT="ckpt", TOKENIZER_PATH="hf", TP=8)
@@ -122,15 +169,16 @@ def test_mcore2hf(family: str, tmp_path: Path) -> None:
     assert command[-1] == "--overwrite"
 
 
-@pytest.mark.parametrize("family", MODELS)
-def test_generate(family: str, tmp_path: Path) -> None:
-    script = f"{family}/generate_{MODELS[family]}_ptd.sh"
+@pytest.mark.parametrize(("family", "model"), MODELS)
+def test_generate(family: str, model: str, tmp_path: Path) -> None:
+    script = generate_script(family, model)
     command = dry_run(script, "--prompt", "two words", cwd=tmp_path, CHECKPOINT="ckpt")
-    tp, pp = PLACES[family]
+    tp, pp = place(script)
     assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
     assert follow(command, "--nproc_per_node", tp * pp, "--nnodes", 1, "--node_rank", 0)
     assert follow(command, "-m", "mindgen", "generate", "--load", "ckpt")
-    assert follow(command, "--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp, "--stream")
+    assert follow(command, "--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp)
+    assert "--stream" in command
     assert command[-2:] == ["--prompt", "two words"] and "--tokenizer-name-or-path" not in command
     nodes = {"NNODES": 2, "NODE_RANK": 1, "MASTER_ADDR": "host0", "MASTER_PORT": 7000}
     command = dry_run(script, cwd=tmp_path, CHECKPOINT="ckpt", TOKENIZER_PATH="hf", TP=4, PP=3, **nodes)
@@ -138,9 +186,9 @@ def test_generate(family: str, tmp_path: Path) -> None:
     assert follow(command, "--master_port", 7000, "-m") and follow(command, "--tokenizer-name-or-path", "hf")
 
 
-@pytest.mark.parametrize("family", MODELS)
-def test_chat(family: str, tmp_path: Path) -> None:
-    script = f"{family}/chat_{MODELS[family]}_ptd.sh"
+@pytest.mark.parametrize(("family", "model"), CHATS)
+def test_chat(family: str, model: str, tmp_path: Path) -> None:
+    script = chat_script(family, model)
     command = dry_run(script, "--seed", "1", cwd=tmp_path, CHECKPOINT="ckpt", TP=2)
     assert command[:6] == [
         sys.executable,
@@ -150,10 +198,42 @@ def test_chat(family: str, tmp_path: Path) -> None:
         "--load",
         "ckpt",
     ]  # Ctrl-C stops the answer only
-    assert follow(command, "--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", PLACES[family][1])
+    assert follow(command, "--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", place(script)[1])
     assert follow(command, "--task", "chat") and command[-2:] == ["--seed", "1"]
-    command = dry_run(script, cwd=tmp_path, CHECKPOINT="ckpt", NNODES=2, NODE_RANK=0, MASTER_ADDR="host0")
+    command = dry_run(script, cwd=tmp_path, CHECKPOINT="ckpt", TP=2, NNODES=2, NODE_RANK=0, MASTER_ADDR="host0")
     assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+
+
+@pytest.mark.parametrize(("family", "model"), CHATS)
+def test_chat_in_the_layout_of_the_family(family: str, model: str, tmp_path: Path) -> None:
+    script = chat_script(family, model)
+    command = dry_run(script, cwd=tmp_path, CHECKPOINT="ckpt")
+    layout = LAYOUTS.get(family)
+    assert layout is None or layout in PROMPT_TYPES
+    assert ("--hf-chat-template" in command) == (layout is None)
+    assert follow(command, "--prompt-type", layout) == (layout is not None)
+    command = dry_run(script, cwd=tmp_path, CHECKPOINT="ckpt", PROMPT_TYPE="")
+    assert "--hf-chat-template" in command and "--prompt-type" not in command
+
+
+@pytest.mark.parametrize(("family", "model"), MODELS)
+def test_experts_are_shared_out(family: str, model: str, tmp_path: Path) -> None:
+    paths = {"CHECKPOINT": "ckpt", "TOKENIZER_PATH": "hf"}
+    scripts = {
+        f"{family}/ckpt_convert_{family}_hf2mcore.sh": "--target-expert-parallel-size",
+        generate_script(family, model): "--expert-model-parallel-size",
+    }
+    if family not in BASE_ONLY:
+        scripts[chat_script(family, model)] = "--expert-model-parallel-size"
+    for script, flag in scripts.items():
+        given = re.findall(r"^EP=\$\{EP:-(\d+)\}", (MCORE / script).read_text(), re.MULTILINE)
+        assert len(given) == (family in EXPERTS)
+        command = dry_run(script, cwd=tmp_path, **paths)
+        assert (flag in command) == bool(given)
+        if given:
+            assert follow(command, flag, given[0]) and place(script)[0] % int(given[0]) == 0
+            assert follow(dry_run(script, cwd=tmp_path, EP=2, **paths), flag, 2)
+            assert run(script, cwd=tmp_path, given={"EP": "all", **paths}).returncode == 2
 
 
 @pytest.mark.parametrize("given", [{"NNODES": 3}, {"NPUS_PER_NODE": 4}, {"TP": "eight"}, {"NNODES": 0}])

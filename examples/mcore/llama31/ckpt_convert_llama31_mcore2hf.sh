@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Llama 3.1 8B: the Megatron shards in CHECKPOINT, of any TP x PP, to mg2hf/ inside TOKENIZER_PATH,
+# Llama 3.1: the Megatron shards in CHECKPOINT, of any TP x PP, to mg2hf/ inside TOKENIZER_PATH,
 # the Hugging Face folder that they came from.
 CHECKPOINT=${CHECKPOINT:-"your model ckpt path"}
 TOKENIZER_PATH=${TOKENIZER_PATH:-"your Hugging Face folder"}

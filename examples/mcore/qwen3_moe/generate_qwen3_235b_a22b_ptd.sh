@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Qwen3 235B A22B: streams text from CHECKPOINT (shards of any TP x PP, or a Hugging Face folder) on TP x PP ranks.
+CHECKPOINT=${CHECKPOINT:-"your model ckpt path"}
+TOKENIZER_PATH=${TOKENIZER_PATH:-}   # empty: the tokenizer in CHECKPOINT
+TOKENIZER_MODEL=${TOKENIZER_MODEL:-}
+TP=${TP:-8}
+PP=${PP:-2}
+EP=${EP:-8}   # so many groups of the TP ranks have different experts; divides TP
+
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+generate qwen3_235b_a22b "$@"
