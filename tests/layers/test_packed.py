@@ -94,6 +94,6 @@ def test_a_loaded_model_has_the_rows_names_and_numbers(name: str, checkpoint: Ca
     assert set(found) == set(wanted)
     assert any(parameter.is_mkldnn for parameter in found.values()) or torch.float32 not in PACKABLE
     for place, parameter in wanted.items():
-        local = shard(parameter.row, reader(source, parameter.row, parameter.layer), source.spec, 0, 1)
+        local = shard(parameter.row, reader(source, parameter.row, parameter.layer), source.spec, SINGLE)
         held = found[place].data
         assert torch.equal(held.to_dense() if held.is_mkldnn else held, local), place

@@ -43,11 +43,11 @@ class Everyone:
         return torch.cat([mine, torch.tensor([self.others])], dim)
 
 
-def blocks(others: int, max_positions: int = 4096, **options) -> int:
+def blocks(others: int, context: int = 4096, **options) -> int:
     """A block of 128 tokens takes 2 MiB: 4 layers, 8 heads of 128 elements, keys and values in bf16."""
     device = torch.device("cpu")
     model = SimpleNamespace(num_layers=4, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, device=device)
-    world, spec = SimpleNamespace(everyone=Everyone(others)), SimpleNamespace(max_positions=max_positions)
+    world, spec = SimpleNamespace(everyone=Everyone(others)), SimpleNamespace(context=context)
     return num_blocks(config(**options), spec, model, world, local_ranks=2)
 
 
@@ -57,7 +57,7 @@ def test_every_rank_has_as_many_blocks_as_the_poorest():
 
 
 def test_more_than_all_sequences_can_use_is_not_taken():
-    assert blocks(others=10**6, kv_cache_memory=1, max_positions=129) == 256 * 2
+    assert blocks(others=10**6, kv_cache_memory=1, context=129) == 256 * 2
 
 
 def test_a_cache_without_room_for_a_block_is_refused():
