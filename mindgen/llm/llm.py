@@ -65,7 +65,7 @@ class LLM:
         self._finalizer = weakref.finalize(self, self._host.close)
         try:
             self._model, self.notes = self._host.model()
-        except Exception:
+        except Exception:  # whatever it is, no rank is left behind
             self.close()
             raise
         except BaseException:  # Ctrl-C does not wait for weights that are being read
