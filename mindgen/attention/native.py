@@ -6,6 +6,7 @@ T tokens, S sequences, H query heads, G KV heads, D head_dim.
 
 from __future__ import annotations
 
+from ctypes import addressof
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,11 +14,14 @@ from torch import Tensor
 
 from mindgen.attention.cpu import CpuAttention, CpuContext
 from mindgen.attention.scores import Scores
+from mindgen.kernels.layer import AttentionHalf
 from mindgen.kernels.library import kernel
+from mindgen.kernels.structures import Context, filled
 
 if TYPE_CHECKING:
     from mindgen.engine.batch import Batch
     from mindgen.engine.kv_cache import KVCache
+    from mindgen.layers.rope import Rotation
 
 _MOST_HEAD_DIM = 256
 
@@ -45,9 +49,7 @@ class NativeContext:
         self._cache, self._windows = cache, scores.windows
         self._sizes = (len(batch.slots), *cache.keys[0].shape[2:])
         self._kernel = kernel("attend")
-        slopes = None if scores.slopes is None else scores.slopes.contiguous()
-        self._tensors = (batch.slots, batch.query_starts, batch.context_lens, batch.block_tables.contiguous(), slopes)
-        self._same = _same_for_all_layers(self._tensors, cache, scores)
+        self._same, self._tensors = _same_for_all_layers(batch, cache, scores)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         tokens, groups, head_dim = key.shape
@@ -63,10 +65,18 @@ class NativeContext:
         self._kernel(
             query.data_ptr(), *query.stride()[:3], key.data_ptr(), *key.stride()[:2], value.data_ptr(),
             *value.stride()[:2], self._cache.keys[layer].data_ptr(), self._cache.values[layer].data_ptr(),
-            output.data_ptr(), shared, self._windows[layer] or 0, *self._same,
+            output.data_ptr(), shared, self._windows[layer] or 0, addressof(self._same),
         )
         # fmt: on
         return output
+
+    def attend_half(
+        self, layer: int, half: AttentionHalf, hidden: Tensor, rotation: Rotation | None, residual: Tensor | None
+    ) -> Tensor:
+        """`attend` with all that stands before and behind it: hidden states [T, H] -> [T, H], plus `residual`."""
+        turns = None if rotation is None else (rotation.cosine, rotation.sine, rotation.interleaved)
+        memory = self._cache.keys[layer], self._cache.values[layer]
+        return half(hidden, residual, turns, self._same, memory, self._windows[layer] or 0)
 
 
 def _fits(head_dim: int) -> bool:
@@ -78,15 +88,20 @@ def _dense(heads: Tensor) -> Tensor:
     return heads if heads.stride(-1) == 1 else heads.contiguous()
 
 
-def _same_for_all_layers(
-    tensors: tuple[Tensor | None, ...], cache: KVCache, scores: Scores
-) -> tuple[float | None, ...]:
-    """The kernel's arguments from the strides of the cache on."""
-    memory, tables = cache.keys[0], tensors[3]
+def _same_for_all_layers(batch: Batch, cache: KVCache, scores: Scores) -> tuple[Context, dict[str, Tensor | None]]:
+    """What the kernel is told once a step, and the tensors that must live as long."""
+    tables, slopes, memory = batch.block_tables.contiguous(), scores.slopes, cache.keys[0]
+    whole = {"slots": batch.slots, "starts": batch.query_starts, "lengths": batch.context_lens, "tables": tables}
+    assert all(tensor.dtype is torch.int64 for tensor in whole.values())
     assert memory.stride() == cache.values[0].stride() and memory.shape == cache.values[0].shape
-    assert memory.dtype is cache.values[0].dtype is torch.bfloat16 and tables is not None
-    assert all(tensor.dtype is torch.int64 and tensor.is_contiguous() for tensor in tensors[:4] if tensor is not None)
-    slots, starts, lengths, blocks, slopes = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    cached = (*memory.stride()[:3], *memory.shape[1:])
-    sequences = (slots, starts, lengths, blocks, tables.shape[1], tables.shape[0])
-    return (*cached, *sequences, slopes, scores.scale, scores.softcap or 0.0, torch.get_num_threads())
+    assert memory.dtype is cache.values[0].dtype is torch.bfloat16
+    tensors = whole | {"slopes": None if slopes is None else slopes.contiguous()}
+    cache_block, cache_token, cache_group, _ = memory.stride()
+    _, block_size, groups, head_dim = memory.shape
+    sequences, width = tables.shape
+    same = filled(
+        Context, tensors, width=width, sequences=sequences, cache_block=cache_block, cache_token=cache_token,
+        cache_group=cache_group, block_size=block_size, groups=groups, head_dim=head_dim,
+        threads=torch.get_num_threads(), scale=scores.scale, softcap=scores.softcap or 0.0,
+    )  # fmt: skip
+    return same, tensors

@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -48,10 +49,15 @@ class SampleRows:
     def __len__(self) -> int:
         return len(self.at)
 
-    @property
+    @cached_property
     def most_top(self) -> int:
         """The largest `num_top`, which sets the width of the results."""
         return int(self.num_top.max()) if len(self) else 0
+
+    @cached_property
+    def are_greedy(self) -> bool:
+        """Whether every row takes its best token: none is drawn, and none belongs to a beam."""
+        return not (self.temperature.any() or self.beam.any())
 
 
 @dataclass(frozen=True, eq=False)

@@ -50,18 +50,26 @@ def sample(logits: Tensor, rows: SampleRows) -> Tensor:
     """
     scores = _adjusted(_raw_scores(logits, rows), rows)
     results = _no_results(len(rows), rows.most_top)
-    tokens = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
-    for members, choose in _kinds(rows, logits):
-        kind = RowsOfAKind.of(rows, members, logits.device)
+    if rows.are_greedy:
+        best, tokens = scores.max(dim=-1)
+    else:
+        best, tokens = scores.amax(dim=-1), _chosen(results, scores, rows)
+    results[:, 0] = tokens
+    _put_logprobs(results, logits, tokens, rows.num_top, (rows.logprob > 0) & (rows.beam == 0))
+    results[~best.isfinite().cpu()] = NO_TOKEN  # a NaN anywhere in a row is its maximum
+    return results
+
+
+def _chosen(results: Tensor, scores: Tensor, rows: SampleRows) -> Tensor:
+    """The tokens [R] of rows of any kinds; the candidates of beams go into their results."""
+    tokens = torch.zeros(len(rows), dtype=torch.int64, device=scores.device)
+    for members, choose in _kinds(rows, scores):
+        kind = RowsOfAKind.of(rows, members, scores.device)
         mine = scores if len(members) == len(rows) else scores[kind.rows]
         tokens[kind.rows] = choose(mine, kind)
-    for members, noisy in _beams(rows, logits):
-        tokens[members.to(logits.device)] = _put_candidates(results, scores, rows, members, noisy)
-    results[:, 0] = tokens.double().cpu()
-    _put_logprobs(results, logits, tokens, rows.num_top, (rows.logprob > 0) & (rows.beam == 0))
-    usable = scores.amax(dim=-1).isfinite()  # a NaN anywhere in a row is its maximum
-    results[~usable.cpu()] = NO_TOKEN
-    return results
+    for members, noisy in _beams(rows, scores):
+        tokens[members.to(scores.device)] = _put_candidates(results, scores, rows, members, noisy)
+    return tokens
 
 
 def score(logits: Tensor, rows: ScoredRows) -> Tensor:
@@ -135,7 +143,7 @@ def _tempered(scores: Tensor, kind: RowsOfAKind) -> Tensor:
 
 def _raw_scores(logits: Tensor, rows: SampleRows) -> Tensor:
     """What processors act on: logits, but log-probabilities for beams, as in transformers."""
-    if not rows.beam.any():
+    if rows.are_greedy or not rows.beam.any():
         return logits
     return torch.where(rows.beam.bool().to(logits.device)[:, None], torch.log_softmax(logits, dim=-1), logits)
 

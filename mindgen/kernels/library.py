@@ -23,18 +23,22 @@ _NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}
 _BETTER = "amx_bf16"  # matrix registers, which oneDNN uses and these kernels do not
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
-# The functions of cpu/*.cpp. Each letter is an argument: `p` the address of a tensor's numbers or None, `i` a whole
-# number, `f` a float32.
+# The functions of cpu/*.cpp. Each letter is an argument: `p` the address of a tensor's numbers or of a structure
+# (structures.py), or None, `i` a whole number, `f` a float32.
 FUNCTIONS = {
-    "attend": "piiipiipiipppiiiiiiiippppiipffi",
+    "attend": "piiipiipiipppiip",
+    "feed_forward": "ppippipi",
     "gated_gelu_tanh": "ppiiii",
     "gated_silu": "ppiiii",
     "linear": "piipipppi",
     "pack": "piipi",
     "rms_norm": "pppiiiiipii",
     "rotate": "pppiiiiiiiii",
+    "stored": "piip",
+    "unpack": "piip",
+    "self_attention": "pppippiippippp",
 }
-TAKE_MEMORY = {"attend", "linear"}  # those that return whether there was enough
+TAKE_MEMORY = {"attend", "feed_forward", "linear", "self_attention"}  # those that return whether there was enough
 
 
 @cache

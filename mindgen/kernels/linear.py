@@ -1,4 +1,4 @@
-"""Products with weights that lie in panels, as cpu/linear.cpp reads them: bfloat16, float32 sums, rounded once.
+"""Products with weights that lie in panels (cpu/panels.h): bfloat16, float32 sums, rounded once.
 
 O output features, I input features, P panels of 32 output features.
 """
@@ -21,28 +21,36 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A weight [O, I] as panels [P, I / 2, 64]: of each pair of inputs the two numbers of each output side by side."""
+    """A weight [O, I] as panels [P, 1 + I / 2, 64], which only the kernels read. Most panels fill 3/4 of their room."""
     assert can_pack(weight), "ask `can_pack` first"
     outputs, inputs = weight.shape
     weight = weight.contiguous()
-    panels = torch.empty(outputs // _WIDTH, inputs // 2, 2 * _WIDTH, dtype=weight.dtype)
+    panels = torch.empty(outputs // _WIDTH, 1 + inputs // 2, 2 * _WIDTH, dtype=weight.dtype)
     kernel("pack")(weight.data_ptr(), outputs, inputs, panels.data_ptr(), torch.get_num_threads())
     return panels
 
 
 def unpack(panels: Tensor) -> Tensor:
     """The weight [O, I] of `pack`."""
-    return panels.unflatten(2, (_WIDTH, 2)).transpose(1, 2).reshape(panels.shape[0] * _WIDTH, -1)
+    weight = panels.new_empty(sizes(panels))
+    kernel("unpack")(panels.data_ptr(), *weight.shape, weight.data_ptr())
+    return weight
+
+
+def num_bytes(panels: Tensor) -> int:
+    """How many bytes of memory a product with panels reads."""
+    total = torch.zeros((), dtype=torch.int64)
+    kernel("stored")(panels.data_ptr(), *sizes(panels), total.data_ptr())
+    return int(total)
 
 
 def multiply(inputs: Tensor, panels: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """[..., I] times panels, plus `bias` [O], plus `residual` [..., O] -> [..., O]; all bfloat16."""
-    num_panels, num_pairs, _ = panels.shape
-    num_outputs = num_panels * _WIDTH
+    num_outputs, num_expected = sizes(panels)
     inputs = inputs.contiguous()
-    *sizes, num_inputs = inputs.shape
-    assert num_inputs == 2 * num_pairs and inputs.dtype is panels.dtype, "rows of another size or type"
-    outputs = inputs.new_empty(*sizes, num_outputs)
+    *outer, num_inputs = inputs.shape
+    assert num_inputs == num_expected and inputs.dtype is panels.dtype, "rows of another size or type"
+    outputs = inputs.new_empty(*outer, num_outputs)
     if bias is not None:
         assert bias.shape == (num_outputs,) and bias.dtype is panels.dtype and bias.is_contiguous()
     if residual is not None:
@@ -51,11 +59,17 @@ def multiply(inputs: Tensor, panels: Tensor, bias: Tensor | None = None, residua
     rows = outputs.numel() // num_outputs
     # fmt: off
     kernel("linear")(
-        inputs.data_ptr(), rows, 2 * num_pairs, panels.data_ptr(), num_outputs, _address(bias), _address(residual),
+        inputs.data_ptr(), rows, num_inputs, panels.data_ptr(), num_outputs, _address(bias), _address(residual),
         outputs.data_ptr(), torch.get_num_threads(),
     )
     # fmt: on
     return outputs
+
+
+def sizes(panels: Tensor) -> tuple[int, int]:
+    """O and I of the weight in panels."""
+    num_panels, room, _ = panels.shape
+    return num_panels * _WIDTH, 2 * (room - 1)
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -13,6 +13,8 @@ from mindgen.layers.packed import linear, packed
 from mindgen.parallel.group import Group
 from mindgen.weights.rows import Row
 
+_PARTS = 4  # of a sum in float32; so many ranks, or 2, or 1, give the same bits
+
 
 def empty_parameter(row: Row, sizes: dict[str, int], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     """Room for a row under the local `sizes`; the loader fills it."""
@@ -25,6 +27,11 @@ class PackedWeight(nn.Module):
     def __init__(self, weight: nn.Parameter):
         super().__init__()
         self.weight = weight
+
+    @property
+    def panels(self) -> Tensor | None:
+        """The weight as `kernels.linear` takes it, if it lies so."""
+        return self.weight if self.weight.dim() == 3 else None
 
     def take_weight(self, weight: Tensor) -> None:
         """Fills `weight` with a tensor of its shape and dtype; the tensor may be mapped memory and is not kept."""
@@ -53,7 +60,12 @@ class ColumnParallelLinear(PackedWeight):
 
 
 class RowParallelLinear(PackedWeight):
-    """y = r + sum over ranks of x W^T, plus b once: inputs divided, outputs and residual r whole. [T, I] -> [T, O]."""
+    """y = r + sum over ranks of x W^T, plus b once: inputs divided, outputs and residual r whole. [T, I] -> [T, O].
+
+    In float32 a CPU sums the same parts of the inputs in the same order on any of 1, 2 and 4 ranks. Sums that are
+    rounded elsewhere differ by little, of which a deep model makes more than 1e-5 in a log-probability.
+    parts: the weights [O, I / parts] that then stand in place of `weight`, packed.
+    """
 
     def __init__(
         self, row: Row, bias: Row | None, sizes: dict[str, int], dtype: torch.dtype, device: torch.device, tp: Group
@@ -62,12 +74,42 @@ class RowParallelLinear(PackedWeight):
         if not row.splits_input:
             raise ValueError(f"{row.name} is not split on an input axis; it is no row-parallel layer")
         self.bias = empty_parameter(bias, sizes, dtype, device) if bias else None
+        self.parts: list[Tensor] = []
         self._tp = tp
+        in_parts = dtype == torch.float32 and device.type == "cpu" and self.weight.shape[1] * tp.size % _PARTS == 0
+        self._num_parts = _PARTS // tp.size if in_parts else 1
+
+    def take_weight(self, weight: Tensor) -> None:
+        if self._num_parts > 1:
+            parts = weight.chunk(self._num_parts, dim=1)
+            self.parts = [packed(part.clone(memory_format=torch.contiguous_format)) for part in parts]
+            self.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+        else:
+            super().take_weight(weight)
+
+    def sum_here(self, inputs: Tensor) -> Tensor:
+        """[T, I] -> [T, O]: what this rank adds to the sum over ranks."""
+        if not self.parts:
+            return self.multiply(inputs)
+        chunks = inputs.chunk(len(self.parts), dim=-1)
+        sums = [linear(chunk, part) for chunk, part in zip(chunks, self.parts, strict=True)]
+        while len(sums) > 1:  # neighbours, as ranks are summed
+            sums = [left.add_(right) for left, right in zip(sums[::2], sums[1::2], strict=True)]
+        return sums[0]
 
     def forward(self, inputs: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self._tp.size == 1:
+        if self._tp.size == 1 and not self.parts:
             return self.multiply(inputs, self.bias, residual)
-        outputs = self._tp.all_reduce(self.multiply(inputs))
+        return self.summed(self.sum_here(inputs), residual)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank has all inputs."""
+        return self._tp.size == 1
+
+    def summed(self, part: Tensor, residual: Tensor | None) -> Tensor:
+        """The outputs, of which `part` is what this rank adds to the sum, without the bias."""
+        outputs = self._tp.all_reduce(part)
         outputs = outputs if self.bias is None else outputs + self.bias
         return outputs if residual is None else outputs.add_(residual)
 

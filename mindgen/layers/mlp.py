@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,18 +34,23 @@ class MLP(nn.Module):
         self._activation = activation
         self._is_gated = is_gated
 
+    @property
+    def gate(self) -> str | None:
+        """The activation of the gate, if there is one."""
+        return self._activation if self._is_gated else None
+
     def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
         """The block's outputs, plus `residual`."""
         return self.linear_fc2(self._inner(hidden), residual)
 
     def part(self, hidden: Tensor) -> Tensor:
         """This rank's part of the outputs, which summed over those that share the block are all of it."""
-        return self.linear_fc2.multiply(self._inner(hidden))
+        return self.linear_fc2.sum_here(self._inner(hidden))
 
     def _inner(self, hidden: Tensor) -> Tensor:
         inner = self.linear_fc1(hidden)
         if not self._is_gated:
-            return ACTIVATIONS[self._activation](inner)
+            return activated(inner, self._activation)
         if self._activation in elementwise.GATES and elementwise.runs_on(inner):
             return elementwise.gated(inner, self._activation)
         return gated(inner, self._activation)
@@ -53,4 +59,15 @@ class MLP(nn.Module):
 def gated(gate_and_up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up of gate_and_up [T, 2 F] -> [T, F]."""
     gate, up = gate_and_up.chunk(2, dim=-1)
-    return ACTIVATIONS[activation](gate).mul_(up)
+    return activated(gate, activation).mul_(up)
+
+
+def activated(inputs: Tensor, activation: str) -> Tensor:
+    """activation(inputs) [T, F].
+
+    On a CPU the last elements of a row are computed apart from the others and rounded differently, and which these are
+    depends on the layout. So float32 is computed in float64 there, and rounded once.
+    """
+    if inputs.dtype == torch.float32 and inputs.device.type == "cpu":
+        return ACTIVATIONS[activation](inputs.double()).float()
+    return ACTIVATIONS[activation](inputs)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mindgen.kernels import elementwise
+from mindgen.kernels.layer import Normed
 from mindgen.layers.linear import empty_parameter
 from mindgen.spec import ModelSpec
 from mindgen.weights.rows import Row
@@ -24,6 +25,11 @@ class RMSNorm(nn.Module):
         self.weight = empty_parameter(row, sizes, dtype, device)
         self._epsilon = torch.tensor(spec.norm_epsilon, dtype=torch.float32, device=device)
         self._has_offset = spec.norm_offset
+
+    @property
+    def numbers(self) -> Normed:
+        """What it has, for kernels that compute it with what follows."""
+        return Normed(self.weight, self._epsilon, self._has_offset)
 
     def forward(self, inputs: Tensor) -> Tensor:
         if elementwise.runs_on(inputs):

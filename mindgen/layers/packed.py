@@ -9,7 +9,9 @@ O output features, I input features.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache, partial
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ _ROWS_EXPECTED = 8  # fp32 kernels differ in layout: that for one row is slow fo
 def packed(weight: Tensor) -> Tensor:
     """A weight [O, I] in the layout of `linear`, or itself where it cannot be packed.
 
-    A packed tensor keeps dtype and `numel`, and `plain` gives the weight back, but it cannot be sliced.
+    A packed tensor keeps its dtype, and `plain` gives the weight back, but it cannot be sliced.
     """
     if panels.can_pack(weight):
         return panels.pack(weight)
@@ -37,6 +39,18 @@ def plain(weight: Tensor) -> Tensor:
     if _lies_in_panels(weight):
         return panels.unpack(weight)
     return weight.to_dense() if weight.is_mkldnn else weight
+
+
+def stored_share(weights: Iterable[Tensor]) -> float:
+    """Of the bytes of these weights, packed or not, the part that is read when all are multiplied with; 1 of none."""
+    read = whole = 0
+    for weight in weights:
+        if _lies_in_panels(weight):
+            read += panels.num_bytes(weight)
+            whole += prod(panels.sizes(weight)) * weight.itemsize
+        else:
+            read, whole = read + weight.nbytes, whole + weight.nbytes
+    return read / whole if whole else 1.0
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:

@@ -5,13 +5,17 @@ T tokens in the batch, R rows whose logits are wanted.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mindgen.attention.backend import AttentionContext
+from mindgen.attention.native import NativeContext
 from mindgen.attention.scores import Scores
 from mindgen.layers.attention import SelfAttention
+from mindgen.layers.compiled import CompiledAttention, CompiledMLP
 from mindgen.layers.experts import ExpertMLP
 from mindgen.layers.linear import PackedWeight, PositionEmbedding, VocabParallelEmbedding
 from mindgen.layers.mlp import MLP
@@ -43,11 +47,30 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden: Tensor, rotation: Rotation | None, context: AttentionContext) -> Tensor:
         if self._is_sandwich:
-            attended = self.self_attention(self.input_layernorm(hidden), rotation, context)
-            hidden = hidden + self.post_attn_norm(attended)
-            return hidden + self.post_mlp_layernorm(self.mlp(self.pre_mlp_layernorm(hidden)))
-        hidden = self.self_attention(self.input_layernorm(hidden), rotation, context, residual=hidden)
-        return self.mlp(self.pre_mlp_layernorm(hidden), residual=hidden)
+            hidden = hidden + self.post_attn_norm(self._attend(hidden, rotation, context, None))
+            return hidden + self.post_mlp_layernorm(self._feed_forward(hidden, None))
+        hidden = self._attend(hidden, rotation, context, residual=hidden)
+        return self._feed_forward(hidden, residual=hidden)
+
+    def _attend(
+        self, hidden: Tensor, rotation: Rotation | None, context: AttentionContext, residual: Tensor | None
+    ) -> Tensor:
+        compiled, _ = self._compiled
+        if compiled is not None and isinstance(context, NativeContext):
+            return compiled(hidden, rotation, context, residual)
+        return self.self_attention(self.input_layernorm(hidden), rotation, context, residual)
+
+    def _feed_forward(self, hidden: Tensor, residual: Tensor | None) -> Tensor:
+        _, compiled = self._compiled
+        if compiled is not None:
+            return compiled(hidden, residual)
+        return self.mlp(self.pre_mlp_layernorm(hidden), residual)
+
+    @cached_property
+    def _compiled(self) -> tuple[CompiledAttention | None, CompiledMLP | None]:
+        """Its halves, where the kernels compute them. The first call of the layer makes them: weights are loaded."""
+        attention = CompiledAttention.of(self.input_layernorm, self.self_attention)
+        return attention, CompiledMLP.of(self.pre_mlp_layernorm, self.mlp)
 
 
 class Embedding(nn.Module):

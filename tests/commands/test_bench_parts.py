@@ -213,3 +213,6 @@ def test_experts_are_read_as_far_as_tokens_choose_them() -> None:
     assert work.linear_flops == dense.linear_flops + 2 * (one + router)
     assert work.decode_step(1, 0).num_bytes == pytest.approx(work.weight_bytes + 2 * 2 * one)
     assert work.decode_step(100, 0).num_bytes == pytest.approx(work.weight_bytes + 8 * 2 * one)
+    stored = work.stored(0.75)
+    assert (stored.weight_bytes, stored.linear_flops) == (round(0.75 * work.weight_bytes), work.linear_flops)
+    assert stored.experts is not None and stored.experts.bytes_of_one == 1.5 * one

@@ -8,14 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
-from ctypes import CDLL, c_void_p, cast
+from ctypes import CDLL, Structure, c_float, c_int64, c_void_p, cast
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
 import torch
 
-from mindgen.kernels import library
+from mindgen.kernels import library, structures
 from mindgen.kernels.openmp import file_of, runtime_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ NO_COMPILER = "/nonexistent/g++"
 ANOTHER_RUNTIME = """
 import ctypes, sys
 ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
-from mindgen.kernels import library
+from mindgen.kernels import library, structures
 print(library.unavailable())
 """
 THREADS = """
@@ -151,6 +151,15 @@ def letter_of(argument: str) -> str:
         return "p"
     *_, kind, _ = argument.split()
     return {"Int": "i", "std::int64_t": "i", "float": "f"}[kind]
+
+
+@pytest.mark.parametrize("kind", [structures.Context, structures.SelfAttention, structures.FeedForward])
+def test_the_fields_of_every_structure_are_those_of_its_source(kind: type[Structure]) -> None:
+    sources = "".join(path.read_text() for path in sorted((ROOT / "mindgen/kernels/cpu").glob("*")))
+    (body,) = re.findall(rf"^struct {kind.__name__} {{$(.*?)^}};", sources, re.MULTILINE | re.DOTALL)
+    fields = re.findall(r"^  (const \w+\*|Int|float) (\w+);$", body, re.MULTILINE)
+    letters = {c_void_p: "const", c_int64: "Int", c_float: "float"}
+    assert [(name, letters[kind]) for name, kind in kind._fields_] == [(name, c.split()[0]) for c, name in fields]
 
 
 @needs_kernels

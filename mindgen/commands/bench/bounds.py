@@ -5,7 +5,7 @@ Counts are of all ranks together, padding and replicated KV heads included: each
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from mindgen.parallel.topology import Topology
@@ -50,6 +50,11 @@ class Work:
         """The steps after the first token: `output_len` - 1 of them, at growing context."""
         steps = output_len - 1
         return steps * self.decode_step(batch_size, input_len + output_len / 2)
+
+    def stored(self, share: float) -> Work:
+        """The same where weights are stored in that share of their size."""
+        experts = self.experts and replace(self.experts, bytes_of_one=round(share * self.experts.bytes_of_one))
+        return replace(self, weight_bytes=round(share * self.weight_bytes), experts=experts)
 
     def _read(self, num_tokens: int) -> float:
         return self.weight_bytes + (self.experts.num_bytes(num_tokens) if self.experts else 0.0)

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from mindgen.commands.bench.bounds import Work, count_parameters, count_work
 from mindgen.commands.bench.job import BenchJob
 from mindgen.commands.bench.machine import Machine, Memory, Probe, describe_host
@@ -15,6 +17,8 @@ from mindgen.commands.bench.report import probes, result, text_of
 from mindgen.commands.bench.rival import Rival
 from mindgen.engine.engine import Engine
 from mindgen.engine.runner import Runner
+from mindgen.layers.linear import PackedWeight
+from mindgen.layers.packed import stored_share
 from mindgen.startup.ready import computing_dtype
 
 FORMAT = 1  # of the JSON file; a higher number means that names have changed
@@ -23,11 +27,12 @@ FORMAT = 1  # of the JSON file; a higher number means that names have changed
 def serve(job: BenchJob, engine: Engine) -> int:
     """Measures everything that the job asks for, prints the report and writes the files. The exit code."""
     runner = engine.runner
-    assert isinstance(runner, Runner)
+    assert isinstance(runner, Runner) and isinstance(runner.model, nn.Module)
     check_room(job, engine)
     dtype = computing_dtype(job.model.config, job.model.source.spec)
     machine = Machine(runner.device, dtype, runner.world.topology.world_size)
-    work = count_work(job.model.source.spec, dtype.itemsize, runner.world.topology.tp)
+    weights = [module.weight for module in runner.model.modules() if isinstance(module, PackedWeight)]
+    work = count_work(job.model.source.spec, dtype.itemsize, runner.world.topology.tp).stored(stored_share(weights))
     memory = Memory(machine)
     print("bench: probing the machine", file=sys.stderr)
     before = machine.probe()

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "attention_query.h"
+#include "calls.h"
 
 namespace mindgen::attention {
 namespace {
@@ -104,22 +105,20 @@ void attend_all(const Call& call, int threads) {
 }  // namespace
 }  // namespace mindgen::attention
 
-// Stores the new keys and values at `slots`, then attends. Strides count elements; no window is 0, no soft cap too.
-// query [T, G, Q, D], key and value [T, G, D], keys and values [blocks, block_size, G, D], output [T, G, Q, D] dense,
-// slots [T], starts [S + 1], lengths [S], tables [S, width], slopes [G * Q] or none. D is even and at most 256.
+// Stores the new keys and values at `slots`, then attends. Strides count elements; no window is 0.
+// query [T, G, Q, D], key and value [T, G, D], keys and values [blocks, block_size, G, D], output [T, G, Q, D] dense.
+// D is even and at most 256.
 MINDGEN_EXPORT std::int64_t mindgen_attend(
     const mindgen::bf16* query, std::int64_t query_token, std::int64_t query_group, std::int64_t query_head,
     const mindgen::bf16* key, std::int64_t key_token, std::int64_t key_group, const mindgen::bf16* value,
     std::int64_t value_token, std::int64_t value_group, mindgen::bf16* keys, mindgen::bf16* values,
-    mindgen::bf16* output, std::int64_t shared, std::int64_t window, std::int64_t cache_block, std::int64_t cache_token,
-    std::int64_t cache_group, std::int64_t block_size, std::int64_t groups, std::int64_t head_dim,
-    const std::int64_t* slots, const std::int64_t* starts, const std::int64_t* lengths, const std::int64_t* tables,
-    std::int64_t width, std::int64_t sequences, const float* slopes, float scale, float softcap, std::int64_t threads) {
+    mindgen::bf16* output, std::int64_t shared, std::int64_t window, const mindgen::attention::Context* context) {
   constexpr std::int64_t ALL = std::numeric_limits<std::int64_t>::max() / 2;
+  const auto& same = *context;
   const mindgen::attention::Call call{
       {query, query_token, query_group, query_head}, {key, key_token, key_group, 0},
-      {value, value_token, value_group, 0}, keys, values, output, cache_block, cache_token, cache_group,
-      slots, starts, lengths, tables, width, sequences, groups, shared, head_dim, block_size,
-      window ? window : ALL, scale, softcap, slopes};
-  return mindgen::status_of([&] { mindgen::attention::attend_all(call, static_cast<int>(threads)); });
+      {value, value_token, value_group, 0}, keys, values, output, same.cache_block, same.cache_token, same.cache_group,
+      same.slots, same.starts, same.lengths, same.tables, same.width, same.sequences, same.groups, shared,
+      same.head_dim, same.block_size, window ? window : ALL, same.scale, same.softcap, same.slopes};
+  return mindgen::status_of([&] { mindgen::attention::attend_all(call, static_cast<int>(same.threads)); });
 }

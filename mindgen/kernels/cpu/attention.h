@@ -28,6 +28,27 @@ struct View {
   Int token, group, head;
 };
 
+// What is the same for all layers of a step. `slots` [T], `starts` [S + 1], `lengths` [S], `tables` [S, width], `slopes`
+// of the heads or null; no soft cap is 0. Strides of the cache count elements.
+struct Context {
+  const Int* slots;
+  const Int* starts;
+  const Int* lengths;
+  const Int* tables;
+  const float* slopes;
+  Int width;
+  Int sequences;
+  Int cache_block;
+  Int cache_token;
+  Int cache_group;
+  Int block_size;
+  Int groups;
+  Int head_dim;
+  Int threads;
+  float scale;
+  float softcap;
+};
+
 // What `mindgen_attend` was called with.
 struct Call {
   View query, key, value;

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "bf16.h"
+#include "calls.h"
 #include "exported.h"
 
 namespace mindgen {

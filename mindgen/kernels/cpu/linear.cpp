@@ -1,75 +1,24 @@
 // Products with weights that lie in panels.
 //
-// A panel is 32 outputs of a weight [outputs, inputs]: for each pair of inputs the two numbers of each output side by
-// side, as vdpbf16ps multiplies them. A thread reads its panels from begin to end, once for all rows where these are
-// few. Rows lie likewise, a pair of inputs of up to 12 rows side by side, so that they are read in the order of use.
+// A thread reads its panels from begin to end, once for all rows where these are few. Rows lie likewise, a pair of inputs
+// of up to 12 rows side by side, so that they are read in the order of use.
 
 #include <omp.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 
-#include "bf16.h"
-#include "exported.h"
+#include "calls.h"
+#include "multiply.h"
 
 namespace mindgen {
 namespace {
 
-constexpr int WIDTH = 2 * LANES;      // outputs of a panel
-constexpr int PAIR = 2 * WIDTH;       // numbers of a panel for a pair of inputs: two cache lines
-constexpr int HEIGHT = 12;            // rows at a time: 24 sums, 2 registers of weights, one of inputs
-constexpr std::int64_t SLAB = 576;    // rows between two readings of the weights
-constexpr std::int64_t FEW = 48;      // up to so many rows, the panels are read one after the other
-constexpr std::int64_t AHEAD = 4096;  // bytes between what is read and what is asked for, where weights are read once
-constexpr std::int64_t DEPTH_FEW = 128;   // pairs of inputs at a time, so that a part of a panel stays in the L1 cache
-constexpr std::int64_t DEPTH_MANY = 192;
-constexpr std::int64_t BLOCK = 4;         // panels whose sums stay in the L2 cache
-
-// Asks for memory while something else is computed: `lines` cache lines for each pair of inputs.
-struct Wish {
-  const void* from;
-  int lines;
-};
-
-inline __m512bh pairs_of(const void* memory) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(memory)); }
-
-inline __m512bh repeated(std::uint32_t pair) { return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)); }
-
-// Adds the products of M rows with a part of a panel to sums [M, WIDTH], or begins them with these. The order of
-// additions is that of the inputs, whatever M is: a row gets the same sums in any company.
-template <int M>
-void multiply(const std::uint32_t* rows, const bf16* panel, std::int64_t pairs, float* sums, bool begins, Wish wish) {
-  __m512 left[M], right[M];
-#pragma GCC unroll 12
-  for (int i = 0; i < M; i++) {
-    left[i] = begins ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * WIDTH);
-    right[i] = begins ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * WIDTH + LANES);
-  }
-  for (std::int64_t pair = 0; pair < pairs; pair++) {
-    const __m512bh low = pairs_of(panel + pair * PAIR), high = pairs_of(panel + pair * PAIR + WIDTH);
-    const char* wished = static_cast<const char*>(wish.from) + pair * wish.lines * 64;
-    if (wish.lines > 0) _mm_prefetch(wished, _MM_HINT_T0);
-    if (wish.lines > 1) _mm_prefetch(wished + 64, _MM_HINT_T0);
-#pragma GCC unroll 12
-    for (int i = 0; i < M; i++) {
-      const __m512bh input = repeated(rows[pair * M + i]);
-      left[i] = _mm512_dpbf16_ps(left[i], low, input);
-      right[i] = _mm512_dpbf16_ps(right[i], high, input);
-    }
-  }
-#pragma GCC unroll 12
-  for (int i = 0; i < M; i++) {
-    _mm512_storeu_ps(sums + i * WIDTH, left[i]);
-    _mm512_storeu_ps(sums + i * WIDTH + LANES, right[i]);
-  }
-}
-
-using Multiply = void (*)(const std::uint32_t*, const bf16*, std::int64_t, float*, bool, Wish);
-
-constexpr Multiply MULTIPLY[HEIGHT + 1] = {
-    nullptr,     multiply<1>, multiply<2>, multiply<3>,  multiply<4>,  multiply<5>, multiply<6>,
-    multiply<7>, multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>};
+constexpr std::int64_t SLAB = 576;     // rows between two readings of the weights
+constexpr std::int64_t FEW = 48;       // up to so many rows, the panels are read one after the other
+constexpr std::int64_t DEPTH_FEW = 2;  // chunks at a time, so that a part of a panel stays in the L1 cache
+constexpr std::int64_t DEPTH_MANY = 3;
+constexpr std::int64_t BLOCK = 4;      // panels whose sums stay in the L2 cache
 
 // `pairs` pairs of inputs of `height` rows, which lie `stride` numbers apart, as tiles [pairs, height].
 void tile(const bf16* rows, std::int64_t stride, int height, std::int64_t pairs, std::uint32_t* tiles) {
@@ -105,15 +54,15 @@ class Slab {
  public:
   Slab(const Product& product, std::int64_t row, std::int64_t count)
       : product_(product), row_(row), count_(count), groups_((count + HEIGHT - 1) / HEIGHT) {
-    const std::int64_t depth = groups_ == 1 ? product.pairs : count > FEW ? DEPTH_MANY : DEPTH_FEW;
-    parts_ = (product.pairs + depth - 1) / depth;
+    depth_ = groups_ == 1 ? product.pairs : CHUNK * (count > FEW ? DEPTH_MANY : DEPTH_FEW);
+    parts_ = (product.pairs + depth_ - 1) / depth_;
   }
 
   void compute(Rooms& rooms, int num_threads) {
     // No thread shall wait long for the last one.
     const std::int64_t most = std::max<std::int64_t>(1, product_.num_panels / (num_threads * 4));
-    const std::int64_t block = count_ > FEW ? std::min<std::int64_t>(BLOCK, most) : 1;
-    const std::int64_t share = count_ > FEW ? block : std::min<std::int64_t>(8, most);
+    const std::int64_t block = std::min<std::int64_t>(count_ > FEW ? BLOCK : count_ > TWINS ? 1 : 2, most);
+    const std::int64_t share = count_ > FEW ? block : std::max(block, std::min<std::int64_t>(8, most) / block * block);
     const std::int64_t sums_of_thread = block * count_ * WIDTH;
     tiles_ = rooms.tiles.at_least(count_ * product_.pairs);
     float* const all_sums = rooms.sums.at_least(num_threads * sums_of_thread);
@@ -141,35 +90,86 @@ class Slab {
  private:
   std::int64_t start(std::int64_t group) const { return group * count_ / groups_; }
   int height(std::int64_t group) const { return static_cast<int>(start(group + 1) - start(group)); }
-  std::int64_t pair(std::int64_t part) const { return part * product_.pairs / parts_; }
+  std::int64_t pair(std::int64_t part) const { return std::min(part * depth_, product_.pairs); }
 
   // Of a part of the inputs the tiles of all groups lie side by side.
   std::uint32_t* tiles(std::int64_t group, std::int64_t part) const {
     return tiles_ + pair(part) * count_ + start(group) * (pair(part + 1) - pair(part));
   }
 
-  const bf16* weights(std::int64_t panel, std::int64_t part) const {
-    return product_.panels + (panel * product_.pairs + pair(part)) * PAIR;
+  Panel panel(std::int64_t i) const {
+    return {product_.panels + i * Panel::size(product_.pairs), product_.pairs};
   }
 
-  // Panels from `begin` to `end`, a part of their inputs at a time: those of all rows stay in the L2 cache meanwhile.
   void multiply_block(std::int64_t begin, std::int64_t end, float* sums) const {
-    for (std::int64_t part = 0; part < parts_; part++) {
-      for (std::int64_t panel = begin; panel < end; panel++) {
-        const bf16* next = panel + 1 < end ? weights(panel + 1, part) : weights(begin, part + 1);
-        multiply_part(part, weights(panel, part), next, sums + (panel - begin) * count_ * WIDTH);
-      }
+    if (groups_ > 1) {
+      multiply_parts(begin, end, sums);
+    } else if (end - begin == 2 && panel(begin).compact() && panel(begin + 1).compact()) {
+      multiply_two(begin, sums);
+    } else {
+      for (std::int64_t i = begin; i < end; i++) multiply_one(i, sums + (i - begin) * count_ * WIDTH);
     }
     for (std::int64_t i = 0; i < count_; i++) finish(i, begin, end, sums + i * WIDTH);
   }
 
-  void multiply_part(std::int64_t part, const bf16* weights, const bf16* next, float* sums) const {
-    const std::int64_t pairs = pair(part + 1) - pair(part);
-    for (std::int64_t group = 0; group < groups_; group++) {
-      Wish wish{next + group * pairs * WIDTH, group < 2 ? 1 : 0};
-      if (groups_ == 1) wish = {weights + AHEAD / sizeof(bf16), 2};
-      MULTIPLY[height(group)](tiles(group, part), weights, pairs, sums + start(group) * WIDTH, part == 0, wish);
+  void multiply_one(std::int64_t i, float* sums) const {
+    if (panel(i).compact()) {
+      const CompactReader reader = once(i, i + 1);
+      MULTIPLY<CompactReader>[count_](tiles_, &reader, product_.pairs, sums, true);
+    } else {
+      const PanelReader reader{{reinterpret_cast<const bf16*>(panel(i).begin(0))}, ahead(i, i + 1)};
+      MULTIPLY<PanelReader>[count_](tiles_, &reader, product_.pairs, sums, true);
     }
+  }
+
+  void multiply_two(std::int64_t i, float* sums) const {
+    const CompactReader readers[]{once(i, i + 2), once(i + 1, i + 3)};
+    MULTIPLY_TWO<CompactReader>[count_](tiles_, readers, product_.pairs, sums, true);
+  }
+
+  // Reads compact panel `i`, and asks for panel `next` before it ends, which this thread most likely reads then.
+  CompactReader once(std::int64_t i, std::int64_t next) const { return panel(i).reader(0, ahead(i, next)); }
+
+  Ahead ahead(std::int64_t i, std::int64_t next) const {
+    const Panel now = panel(i), then = panel(std::min(next, product_.num_panels - 1));
+    then.ask();
+    return {std::min(now.begin(0) + Ahead::BYTES, now.end()), now.end(), then.begin(0)};
+  }
+
+  // Panels from `begin` to `end`, a part of their inputs at a time: those of all rows stay in the L2 cache meanwhile.
+  void multiply_parts(std::int64_t begin, std::int64_t end, float* sums) const {
+    for (std::int64_t part = 0; part < parts_; part++) {
+      for (std::int64_t i = begin; i < end; i++) {
+        multiply_part(part, panel(i), next(part, i, begin, end), sums + (i - begin) * count_ * WIDTH);
+      }
+    }
+  }
+
+  // What is most likely read after part `part` of panel `i`.
+  const char* next(std::int64_t part, std::int64_t i, std::int64_t begin, std::int64_t end) const {
+    if (i + 1 < end) return panel(i + 1).begin(pair(part));
+    if (part + 1 < parts_) return panel(begin).begin(pair(part + 1));
+    return panel(std::min(end, product_.num_panels - 1)).begin(0);
+  }
+
+  // The first group asks for what comes next, and leaves numbers plain for the others.
+  void multiply_part(std::int64_t part, const Panel& panel, const char* next, float* sums) const {
+    alignas(64) bf16 room[DEPTH_MANY * CHUNK * PAIR];
+    const Ahead ahead{next, next + depth_ * PAIR * 2, next};
+    const bf16* numbers = reinterpret_cast<const bf16*>(panel.begin(pair(part)));
+    if (panel.compact()) {
+      multiply_group(part, 0, ExpandingReader{panel.reader(pair(part), ahead), room}, sums);
+      numbers = room;
+    } else {
+      multiply_group(part, 0, PanelReader{{numbers}, ahead}, sums);
+    }
+    for (std::int64_t group = 1; group < groups_; group++) multiply_group(part, group, PlainReader{numbers}, sums);
+  }
+
+  template <typename Reader>
+  void multiply_group(std::int64_t part, std::int64_t group, const Reader& reader, float* sums) const {
+    const std::int64_t pairs = pair(part + 1) - pair(part);
+    MULTIPLY<Reader>[height(group)](tiles(group, part), &reader, pairs, sums + start(group) * WIDTH, part == 0);
   }
 
   // The sums of a row, for panels from `begin` to `end`, to outputs: plus the bias, plus the residual, rounded once.
@@ -187,37 +187,12 @@ class Slab {
 
   const Product& product_;
   const std::int64_t row_, count_, groups_;
-  std::int64_t parts_;
+  std::int64_t depth_, parts_;
   std::uint32_t* tiles_ = nullptr;
 };
 
-// Sixteen outputs of a weight from `output` on, sixteen pairs of inputs from `pair` on, into a panel.
-void pack_square(const bf16* weight, std::int64_t inputs, std::int64_t pair, bf16* panel) {
-  __m512i rows[16];
-  const std::int64_t left = inputs - 2 * pair;
-  const __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
-  for (int i = 0; i < 16; i++) rows[i] = _mm512_maskz_loadu_epi16(mask, weight + i * inputs + 2 * pair);
-  transpose(rows);
-  for (int i = 0; i < 16 && 2 * i < left; i++) _mm512_storeu_si512(panel + (pair + i) * PAIR, rows[i]);
-}
-
 }  // namespace
 }  // namespace mindgen
-
-// weight [outputs, inputs] -> panels [outputs / 32, inputs / 2, 32, 2].
-MINDGEN_EXPORT void mindgen_pack(const mindgen::bf16* weight, std::int64_t outputs, std::int64_t inputs,
-                                 mindgen::bf16* panels, std::int64_t num_threads) {
-  using namespace mindgen;
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-  for (std::int64_t panel = 0; panel < outputs / WIDTH; panel++) {
-    for (std::int64_t pair = 0; pair < inputs / 2; pair += 16) {
-      for (int half = 0; half < 2; half++) {
-        const std::int64_t output = panel * WIDTH + half * LANES;
-        pack_square(weight + output * inputs, inputs, pair, panels + panel * WIDTH * inputs + half * WIDTH);
-      }
-    }
-  }
-}
 
 // inputs [rows, num_inputs] -> outputs [rows, num_outputs]; bias [num_outputs] and residual [rows, num_outputs], or
 // null, are added.
