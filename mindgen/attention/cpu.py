@@ -2,7 +2,8 @@
 where it lies.
 
 Sequences with one query (decodes) run together; prompts run one by one. Contexts are cut at the longest one, and a
-mask is added only where sequences differ.
+mask is added only where sequences differ. Float32 is computed in float64 and rounded at the end: sums are made in other
+orders for other batches, and a sequence must get the same in all of them.
 T tokens, S decoding sequences, N queries of a prompt, L longest context, G KV heads, Q query heads a KV head,
 D head_dim, W blocks a sequence.
 """
@@ -76,15 +77,15 @@ class CpuContext:
     def _decode(self, layer: int, decodes: _Decodes, query: Tensor) -> Tensor:
         """[S, H, D] -> [S, H, D]: one product a KV head serves all its query heads."""
         assert self._cache is not None
-        keys = decodes.blocks.of(self._cache.keys[layer])[:, :, : decodes.longest]  # [G, S, L, D]
-        values = decodes.blocks.of(self._cache.values[layer])[:, :, : decodes.longest]
-        grouped = query.unflatten(1, (len(keys), -1)).transpose(0, 1)  # [G, S, Q, D]
+        keys = _exact(decodes.blocks.of(self._cache.keys[layer])[:, :, : decodes.longest])  # [G, S, L, D]
+        values = _exact(decodes.blocks.of(self._cache.values[layer])[:, :, : decodes.longest])
+        grouped = _exact(query).unflatten(1, (len(keys), -1)).transpose(0, 1)  # [G, S, Q, D]
         window, scores = self._scores.windows[layer], self._scores
         if window not in self._biases:
             self._biases[window] = _decode_bias(decodes, scores, window, len(keys))
         way = _fused if len(query) < _MANY and scores.softcap is None else _in_products
         attended = way(grouped, keys, values, scores, self._biases[window])
-        return attended.transpose(0, 1).reshape(query.shape)
+        return attended.transpose(0, 1).reshape(query.shape).to(query.dtype)
 
     def _prompt(self, layer: int, prompt: _Prompt, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[N, H, D] of one sequence, attending to what is cached before it and to itself."""
@@ -92,8 +93,8 @@ class CpuContext:
         if self._cache is not None and prompt.blocks is not None:
             keys = prompt.blocks.of(self._cache.keys[layer])[:, 0, : prompt.length]
             values = prompt.blocks.of(self._cache.values[layer])[:, 0, : prompt.length]
-        grouped = query.view(prompt.count, len(keys), -1, query.shape[2])  # [N, G, Q, D]
-        return _causal(grouped, keys, values, self._scores, self._scores.windows[layer]).flatten(1, 2)
+        grouped = _exact(query).view(prompt.count, len(keys), -1, query.shape[2])  # [N, G, Q, D]
+        return _causal(grouped, _exact(keys), _exact(values), self._scores, self._scores.windows[layer]).flatten(1, 2)
 
 
 def _fused(query: Tensor, keys: Tensor, values: Tensor, scores: Scores, bias: Tensor | None) -> Tensor:
@@ -103,7 +104,7 @@ def _fused(query: Tensor, keys: Tensor, values: Tensor, scores: Scores, bias: Te
 
 def _in_products(query: Tensor, keys: Tensor, values: Tensor, scores: Scores, bias: Tensor | None) -> Tensor:
     """The same with float32 scores, as SDPA has them: those of bfloat16 would be rounded before they are scaled."""
-    products = scores.capped(torch.matmul(query.float() * scores.scale, keys.float().transpose(-1, -2)))
+    products = scores.capped(torch.matmul(_wide(query) * scores.scale, _wide(keys).transpose(-1, -2)))
     weights = (products if bias is None else products.add_(bias)).softmax(-1)
     return torch.matmul(weights.to(values.dtype), values)
 
@@ -116,13 +117,13 @@ def _causal(query: Tensor, keys: Tensor, values: Tensor, scores: Scores, window:
     """
     count, heads, shared, head_dim = query.shape
     length = keys.shape[1]
-    wide, values = keys.float().contiguous(), values.contiguous()
+    wide, values = _wide(keys).contiguous(), values.contiguous()
     output = torch.empty_like(query)
     for start in range(0, count, _ROWS):
         stop = min(start + _ROWS, count)
         end = length - count + stop
         first = 0 if window is None else max(0, end - (stop - start) - window + 1)
-        rows = (query[start:stop].transpose(0, 1).float() * scores.scale).flatten(1, 2)  # [G, n * Q, D]
+        rows = (_wide(query[start:stop].transpose(0, 1)) * scores.scale).flatten(1, 2)  # [G, n * Q, D]
         products = scores.capped(torch.bmm(rows, wide[:, first:end].transpose(1, 2)))
         products = products.view(heads, stop - start, shared, -1)
         bias = scores.bias(torch.arange(end - (stop - start), end), torch.arange(first, end))  # [n, H, L]
@@ -135,6 +136,18 @@ def _causal(query: Tensor, keys: Tensor, values: Tensor, scores: Scores, window:
         attended = torch.bmm(weights, values[:, first:end])  # [G, n * Q, D]
         output[start:stop] = attended.view(heads, stop - start, shared, head_dim).transpose(0, 1)
     return output
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """Float32 as float64, others as they are."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    return tensor.to(torch.float64, memory_format=torch.contiguous_format)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least float32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 class _Blocks:

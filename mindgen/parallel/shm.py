@@ -32,7 +32,7 @@ Slots = list[Tensor]  # one rank's each, in rank order
 class SharedGroup:
     """`ranks` are world ranks in group order, `rank` is this one's world rank, `processes` are all ranks' processes.
 
-    Sums are made in rank order; those of 16-bit floats in fp32, rounded once. Every rank of the host makes all groups
+    Sums are of neighbours first; those of 16-bit floats in fp32, rounded once. Every rank of the host makes all groups
     of the host in the same order, also those that it is not in, by `reserve`. `on_loss` is as in DistributedGroup.
     """
 
@@ -255,6 +255,7 @@ def _sum(slots: Slots, total: Tensor) -> None:
             exact.add_(slot)
         total.copy_(exact)
         return
+    while len(slots) > 2:  # neighbours first, as one rank sums its parts
+        odd = slots[len(slots) // 2 * 2 :]
+        slots = [left + right for left, right in zip(slots[::2], slots[1::2], strict=False)] + odd
     torch.add(slots[0], slots[1], out=total)
-    for slot in slots[2:]:
-        total.add_(slot)

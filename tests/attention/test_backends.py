@@ -68,6 +68,27 @@ def test_a_sequence_gets_the_same_in_a_crowd_as_alone(name: str) -> None:
     torch.testing.assert_close(crowd[:5], attend(name, [(5, 5)]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("others", [[], [(1, 2), (1, 37), (5, 9), (1, 30)]])
+@pytest.mark.parametrize("size", [1, 4, 9])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_on_a_cpu_float32_has_the_same_bits_in_any_batch_and_chunks(kind: str, size: int, others: Mix) -> None:
+    length = 36
+    query, key, value = torch.randn(3, 2 * length, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    key, value = key[:, :KV_HEADS], value[:, :KV_HEADS]
+
+    def answers(count: int, others: Mix) -> torch.Tensor:
+        """Of a prompt, `count` tokens a step, each step among others."""
+        cache, parts = KVCache(1, 40, BLOCK, KV_HEADS, HEAD_DIM, torch.float32, "cpu"), []
+        for start in range(0, length, count):
+            batch = make_batch([(count, start + count), *others])
+            tokens = torch.cat([torch.arange(start, start + count), length + torch.arange(sum(n for n, _ in others))])
+            context = choose_backend("cpu", KINDS[kind]).prepare(batch, cache)
+            parts.append(context.attend(0, query[tokens], key[tokens], value[tokens])[:count])
+        return torch.cat(parts)
+
+    assert torch.equal(answers(size, others), answers(length, []))
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_without_a_cache_it_sees_the_batch_alone(name: str) -> None:
     prompts = MIXES["prompts"]

@@ -106,15 +106,15 @@ OPERATIONS = (reduced, gathered, spread, passed_around, waited)
 
 
 @check
-def sums_in_shared_memory_are_in_rank_order_and_of_16_bits_in_fp32(world: World) -> None:
+def sums_in_shared_memory_are_of_neighbours_first_and_of_16_bits_in_fp32_in_rank_order(world: World) -> None:
     if IS_GLOO:
         return
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for size in (5, 40_000, 150_001, 400_000):  # within a slot, summed in portions, in several pieces
             tensors = [torch.randn(size, generator=torch.Generator().manual_seed(each)).to(dtype) for each in range(4)]
-            expected = tensors[0].float()
-            for tensor in tensors[1:]:
-                expected = expected + tensor
+            first, second, third, fourth = (tensor.float() for tensor in tensors)
+            in_pairs, in_turn = (first + second) + (third + fourth), first + second + third + fourth
+            expected = in_pairs if dtype == torch.float32 else in_turn
             total = world.everyone.all_reduce(tensors[world.everyone.rank].clone())
             assert torch.equal(total, expected.to(dtype)), f"{size} of {dtype}"
 
