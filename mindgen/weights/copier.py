@@ -1,7 +1,7 @@
 """Mapped tensors copied out of their files by several threads, in pieces of some megabytes.
 
-What is not in the system's cache is read by several requests at once. Where the files would fill the memory, it is read
-past the cache (O_DIRECT), if the file system can: else the next load finds it there.
+What is not in the system's cache is read by several requests at once; past the cache (O_DIRECT) where `Pace` says so
+and the file system can.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mindgen.weights.ahead import threads
 from mindgen.weights.mapped import Mappings, Stretch, is_cached, span
+from mindgen.weights.pace import Pace
 
 NUM_THREADS = 8  # requests that are under way at once
 PIECE = 4 << 20  # bytes of a request, and of the memory that each thread reads into
@@ -27,17 +28,14 @@ _BLOCK = 4096  # what devices want offsets, lengths and memory to be multiples o
 
 
 class Copier:
-    """Copies tensors, reading those that are mapped from one of `files`. A context; leaving it ends its threads.
+    """Copies tensors, reading those that are mapped from one of `files`. A context; leaving it ends its threads."""
 
-    spares_cache: read past the system's cache.
-    """
-
-    def __init__(self, files: tuple[Path, ...], spares_cache: bool):
+    def __init__(self, files: tuple[Path, ...], pace: Pace):
         self._mappings = Mappings(files)
         self._threads = threads(NUM_THREADS, "weights-reader")
         self._readers: SimpleQueue[_Reader] = SimpleQueue()
         for _ in range(NUM_THREADS):
-            self._readers.put(_Reader(spares_cache))
+            self._readers.put(_Reader(pace))
 
     def __enter__(self) -> Copier:
         return self
@@ -95,32 +93,51 @@ class Copier:
 class _Reader:
     """Memory for one request, and the file of the last one, open."""
 
-    def __init__(self, spares_cache: bool) -> None:
-        self._spares_cache = spares_cache
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
         self._buffer = _buffer()
         self._memory = torch.frombuffer(self._buffer, dtype=torch.uint8)
         self._path: Path | None = None
+        self._past_cache = False
         self._file: int | None = None
 
     def read(self, stretch: Stretch) -> Tensor | None:
         """Memory that holds a stretch until the next call; None if the file system cannot do it."""
-        if stretch.path != self._path:
-            self.close()
-            self._path, self._file = stretch.path, _open(stretch, self._spares_cache)
+        self._open(stretch)
         first = stretch.offset // _BLOCK * _BLOCK
         end = stretch.offset + stretch.length
-        if self._file is None:
-            return None
         try:
-            done = _read_all(self._file, memoryview(self._buffer)[: -(-(end - first) // _BLOCK) * _BLOCK], first)
+            done = self._fill(stretch, first, -(-(end - first) // _BLOCK) * _BLOCK)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise ValueError(f"{stretch.path} cannot be read: {error.strerror}") from None
             self.close()
+        if self._file is None:
+            if self._past_cache:
+                self._pace.give_up()
             return None
         if first + done < end:
             raise ValueError(f"{stretch.path} ends at byte {first + done}, before its weights; it became shorter")
         return self._memory[stretch.offset - first : end - first]
+
+    def _open(self, stretch: Stretch) -> None:
+        if (stretch.path, self._pace.past_cache) != (self._path, self._past_cache):
+            self.close()
+            self._path, self._past_cache = stretch.path, self._pace.past_cache
+            self._file = _open(stretch, self._past_cache)
+
+    def _fill(self, stretch: Stretch, offset: int, length: int) -> int:
+        """Reads into the memory; how many bytes."""
+        if self._file is None:
+            return 0
+        memory = memoryview(self._buffer)[:length]
+        if not self._past_cache:
+            return _read_all(self._file, memory, offset)
+        with self._pace.request(stretch) as to_follow:
+            done = _read_all(self._file, memory, offset)
+        for read in to_follow:
+            _read_ahead(read)
+        return done
 
     def close(self) -> None:
         if self._file is not None:
@@ -136,9 +153,9 @@ def _read_ahead(stretch: Stretch) -> None:
         os.posix_fadvise(file.fileno(), stretch.offset, stretch.length, os.POSIX_FADV_WILLNEED)
 
 
-def _open(stretch: Stretch, spares_cache: bool) -> int | None:
+def _open(stretch: Stretch, past_cache: bool) -> int | None:
     try:
-        file = os.open(stretch.path, os.O_RDONLY | (os.O_DIRECT if spares_cache else 0))
+        file = os.open(stretch.path, os.O_RDONLY | (os.O_DIRECT if past_cache else 0))
     except (AttributeError, OSError):  # no such flag in this system or file system
         return None
     if os.fstat(file).st_ino == stretch.inode:

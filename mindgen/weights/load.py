@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -16,12 +17,15 @@ from tqdm import tqdm
 from mindgen.device import free_memory
 from mindgen.parallel.topology import Topology
 from mindgen.weights.ahead import Job, Room, in_turn, threads
-from mindgen.weights.copier import Copier
+from mindgen.weights.copier import NUM_THREADS, Copier
 from mindgen.weights.families import rows_of
+from mindgen.weights.pace import Pace
 from mindgen.weights.rows import Parameter, parameters, shard
 from mindgen.weights.source import Source, reader
 
 _NUM_WAITING = 4  # weights that wait for the disk while others are laid out
+_LARGE = 1 << 30  # bytes of files; with less there is nothing to gain
+_LEAST_RATE = 5e8  # bytes a second for each thread, which lays out 1e9 of them: the next load takes 2 x at most
 
 
 def load_weights(
@@ -45,7 +49,7 @@ def load_weights(
     hidden = not (progress and sys.stderr.isatty())
     with (
         threads(torch.get_num_threads() + _NUM_WAITING, "weights") as workers,
-        Copier(source.files, spares_cache=would_fill_memory(source.files)) as copier,  # ends first, and jobs with it
+        Copier(source.files, Pace(least_rate(source.files))) as copier,  # ends first, and jobs with it
         closing(in_turn(_jobs(model, wanted, source, topology, copier), total, workers)) as finished,
         tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=hidden) as bar,
     ):
@@ -53,9 +57,12 @@ def load_weights(
             bar.update(num_bytes)
 
 
-def would_fill_memory(files: Iterable[Path]) -> bool:
-    """Whether the system's cache can hardly keep these files beside the weights, so that reading into it is in vain."""
-    return 2 * sum(file.stat().st_size for file in files) > free_memory(torch.device("cpu"))
+def least_rate(files: Iterable[Path]) -> float:
+    """How many bytes a second each of several requests must deliver, for these files to be read past the cache."""
+    size = sum(file.stat().st_size for file in files)
+    if 2 * size > free_memory(torch.device("cpu")):
+        return 0  # the cache could hardly keep them beside the weights
+    return _LEAST_RATE * torch.get_num_threads() / NUM_THREADS if size >= _LARGE else inf
 
 
 def _jobs(

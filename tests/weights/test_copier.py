@@ -7,6 +7,8 @@ import mmap
 import os
 import threading
 from collections.abc import Callable
+from itertools import count
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from torch import Tensor
 
 from mindgen.weights import copier as copier_module
 from mindgen.weights.copier import NUM_THREADS, PIECE, Copier, pieces
-from mindgen.weights.mapped import Mappings, is_cached, span
+from mindgen.weights.mapped import Mappings, Stretch, is_cached, span
+from mindgen.weights.pace import SAMPLE, Pace
 
 SIZE = 4 * PIECE + 1234
 ROWS, COLUMNS = 2900, 2200  # of two bytes: more than three pieces
@@ -75,17 +78,17 @@ def mapped(path: Path) -> Tensor:
     return torch.from_file(str(path), shared=False, size=SIZE // 2, dtype=torch.int16)
 
 
-@pytest.mark.parametrize("spares_cache", [True, False], ids=["past the cache", "through it"])
+@pytest.mark.parametrize("least_rate", [0, inf], ids=["past the cache", "through it"])
 @pytest.mark.parametrize("cold", [True, False], ids=["cold", "cached"])
 @pytest.mark.parametrize("name", VIEWS)
-def test_a_copy_is_what_the_file_holds(tmp_path: Path, name: str, cold: bool, spares_cache: bool) -> None:
+def test_a_copy_is_what_the_file_holds(tmp_path: Path, name: str, cold: bool, least_rate: float) -> None:
     path = tmp_path / "numbers"
     numbers = write_numbers(path)
     if cold:
         drop_from_cache(path)
     source, expected = VIEWS[name](mapped(path)), VIEWS[name](numbers)
     target = torch.zeros(expected.shape, dtype=torch.int16)
-    with Copier((path,), spares_cache) as copier:
+    with Copier((path,), Pace(least_rate)) as copier:
         copier.copy([source], [target])
     assert torch.equal(target, expected)
 
@@ -96,7 +99,7 @@ def test_several_are_put_side_by_side(tmp_path: Path) -> None:
     drop_from_cache(path)
     source = matrix(mapped(path)).view(torch.bfloat16)
     joined = torch.zeros(ROWS, 2 * COLUMNS, dtype=torch.bfloat16)
-    with Copier((path,), spares_cache=True) as copier:
+    with Copier((path,), Pace(0)) as copier:
         copier.copy([source, numbers], list(joined.split([COLUMNS, COLUMNS], 1)))
     assert torch.equal(joined.view(torch.int16), torch.cat([numbers, numbers], 1).view(torch.int16))
 
@@ -108,7 +111,7 @@ def test_copying_does_not_fill_the_systems_cache(tmp_path: Path) -> None:
     numbers = write_numbers(path)
     drop_from_cache(path)
     source = mapped(path)
-    with Copier((path,), spares_cache=True) as copier:
+    with Copier((path,), Pace(0)) as copier:
         if not copier.is_cold(source):
             pytest.skip("the system did not forget the file")
         assert not copier.is_cold(numbers)
@@ -123,9 +126,49 @@ def test_a_file_that_fits_into_memory_is_found_in_the_cache_the_next_time(tmp_pa
     numbers = write_numbers(path)
     drop_from_cache(path)
     source = mapped(path)
-    with Copier((path,), spares_cache=False) as copier:
+    with Copier((path,), Pace(inf)) as copier:
         copier.copy([source], [torch.empty_like(numbers)])
         assert not copier.is_cold(source)
+
+
+def test_what_was_read_past_the_cache_of_a_slow_disk_follows_into_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not reads_past_the_cache(tmp_path):
+        pytest.skip("this file system reads through its cache only")
+    path, asked = tmp_path / "numbers", list[Stretch]()
+    numbers = write_numbers(path)
+    drop_from_cache(path)
+    source, target = mapped(path), torch.empty_like(numbers)
+    monkeypatch.setattr(copier_module, "_read_ahead", asked.append)
+    with Copier((path,), Pace(1, clock=count(step=2 * SAMPLE).__next__)) as copier:  # any request takes long
+        copier.copy([source[:1000]], [target[:1000]])
+        copier.copy([source[1000:]], [target[1000:]])
+        assert not copier.is_cold(source[4096:])
+    assert [(stretch.offset, stretch.length) for stretch in asked] == [(0, 2000)]
+    assert torch.equal(target, numbers)
+
+
+def test_a_file_system_without_reads_past_the_cache_is_read_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, read_all = tmp_path / "numbers", copier_module._read_all
+    numbers = write_numbers(path)
+    drop_from_cache(path)
+    source, target, pace = mapped(path), torch.empty_like(numbers), Pace(0)
+
+    def read(*request: Any) -> int:
+        if pace.past_cache:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return read_all(*request)
+
+    monkeypatch.setattr(copier_module, "_read_all", read)
+    with Copier((path,), pace) as copier:
+        if not copier.is_cold(source):
+            pytest.skip("the system did not forget the file")
+        copier.copy([source], [target])
+        assert not pace.past_cache and not copier.is_cold(source)
+    assert torch.equal(target, numbers)
 
 
 def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:
@@ -137,7 +180,7 @@ def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:
     os.truncate(path, SIZE // 2)
     drop_from_cache(path)
     with (
-        Copier((path,), spares_cache=True) as copier,
+        Copier((path,), Pace(0)) as copier,
         pytest.raises(ValueError, match=rf"{path} ends at byte {SIZE // 2}.*shorter"),
     ):
         copier.copy([source], [torch.empty_like(numbers)])
@@ -151,7 +194,7 @@ def test_a_file_that_took_the_place_of_the_mapped_one_is_not_read(tmp_path: Path
     source = mapped(path)
     write_numbers(other)
     target = torch.empty_like(numbers)
-    with Copier((path,), spares_cache=True) as copier:
+    with Copier((path,), Pace(0)) as copier:
         os.replace(other, path)
         copier.copy([source], [target])
     assert torch.equal(target, numbers)
@@ -166,7 +209,7 @@ def test_a_copy_has_the_dtype_of_its_target(tmp_path: Path, cold: bool) -> None:
         drop_from_cache(path)
     source = torch.from_file(str(path), shared=False, size=len(numbers))
     target = torch.zeros(len(numbers), dtype=torch.bfloat16)
-    with Copier((path,), spares_cache=True) as copier:
+    with Copier((path,), Pace(0)) as copier:
         copier.copy([source], [target])
     assert torch.equal(target, numbers.bfloat16())
 
@@ -192,7 +235,7 @@ def test_few_files_are_open_and_none_is_left_so(tmp_path: Path, monkeypatch: pyt
         path.write_bytes(path.name.encode().ljust(10_000, b"."))
     sources = [torch.from_file(str(path), size=10_000, dtype=torch.uint8) for path in paths]
     targets = [torch.empty_like(source) for source in sources]
-    with Copier(tuple(paths), spares_cache=False) as copier:
+    with Copier(tuple(paths), Pace(inf)) as copier:
         copier.copy(sources, targets)
         copier.copy(sources, targets)
     assert all(map(torch.equal, sources, targets))
@@ -206,7 +249,7 @@ def test_what_linux_says_of_files_of_others_is_not_believed(tmp_path: Path, monk
     numbers = write_numbers(path)
     source = mapped(path)
     assert torch.equal(source, numbers)
-    with Copier((path,), spares_cache=False) as copier:
+    with Copier((path,), Pace(inf)) as copier:
         assert not copier.is_cold(source)
         monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
         assert not copier.is_cold(source)

@@ -9,10 +9,10 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from math import inf
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,18 +20,19 @@ from safetensors.torch import load_file, save_file
 from mindgen.model.build import build_stage
 from mindgen.parallel.group import SingleGroup
 from mindgen.parallel.topology import SINGLE, Topology
-from mindgen.weights import ahead
+from mindgen.weights import ahead, load
 from mindgen.weights.copier import NUM_THREADS, Copier
 from mindgen.weights.families import rows_of
 from mindgen.weights.huggingface import TensorFile, open_huggingface
-from mindgen.weights.load import load_weights, would_fill_memory
+from mindgen.weights.load import least_rate, load_weights
 from mindgen.weights.mapped import Mappings
 from mindgen.weights.open import open_source
+from mindgen.weights.pace import Pace
 from mindgen.weights.rows import EMBEDDING, parameters, shard
 from mindgen.weights.source import Source, reader
 from tests.weights.folders import config_of, random_tensors, write_folder
 from tests.weights.foreign import Style, write_megatron
-from tests.weights.test_copier import drop_from_cache
+from tests.weights.test_copier import drop_from_cache, reads_past_the_cache
 from tests.weights.test_memory import write_origin
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +45,7 @@ from mindgen.model.build import build_stage
 from mindgen.parallel.group import SingleGroup
 from mindgen.parallel.topology import SINGLE
 from mindgen.weights.huggingface import open_huggingface
-from mindgen.weights.load import load_weights, would_fill_memory
+from mindgen.weights.load import load_weights
 from tests.weights.measured import Peak, anonymous_memory
 
 can_pack(torch.bfloat16)
@@ -147,18 +148,41 @@ def test_the_next_load_finds_in_the_systems_cache_what_fits_there(tmp_path: Path
     row = next(row for row in rows_of(source.spec.family) if row.name == EMBEDDING)
     embedding = source.read(row, None, 0, 32000)
     drop_from_cache(*source.files)
-    with Copier(source.files, spares_cache=False) as copier:
+    with Copier(source.files, Pace(inf)) as copier:
         weights = loaded(source, SINGLE)
         assert not copier.is_cold(embedding)
     assert torch.equal(weights[EMBEDDING], embedding.double())
 
 
-def test_files_that_would_fill_the_memory_are_known_by_their_size(tmp_path: Path) -> None:
-    large, small = tmp_path / "large", tmp_path / "small"
-    for path, size in ((large, psutil.virtual_memory().total), (small, 1000)):
+def test_a_load_that_the_cache_could_not_keep_leaves_it_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not reads_past_the_cache(tmp_path):
+        pytest.skip("this file system reads through its cache only")
+    source = open_huggingface(write_origin(tmp_path / "model", 256, 1, 32000))
+    row = next(row for row in rows_of(source.spec.family) if row.name == EMBEDDING)
+    embedding = source.read(row, None, 0, 32000)
+    drop_from_cache(*source.files)
+    monkeypatch.setattr(load, "free_memory", lambda _: 0)
+    with Copier(source.files, Pace(inf)) as copier:
+        if not copier.is_cold(embedding):
+            pytest.skip("the system did not forget the file")
+        weights = loaded(source, SINGLE)
+        assert copier.is_cold(embedding)
+    assert torch.equal(weights[EMBEDDING], embedding.double())
+
+
+def test_how_quick_a_disk_must_be_depends_on_the_size_of_files_and_on_the_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large, huge = (tmp_path / name for name in ("small", "large", "huge"))
+    for path, size in ((small, 1000), (large, 1 << 30), (huge, 5 << 30)):
         with path.open("wb") as file:
             file.truncate(size)  # a hole, which takes no room
-    assert would_fill_memory((small, large)) and not would_fill_memory((small,))
+    monkeypatch.setattr(load, "free_memory", lambda _: 8 << 30)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert least_rate((small,)) == inf and least_rate((small, huge)) == 0
+    assert NUM_THREADS * least_rate((small, large)) == 1.5e9
 
 
 def test_nothing_reads_on_after_a_load_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
