@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 from mindgen.engine.blocks import BlockPool
 from mindgen.engine.fits import Sight, check_fits
 from mindgen.engine.request import Sequence, Status
 from mindgen.engine.stats import Stats
 from mindgen.engine.tables import BlockTables
-from mindgen.engine.units import Unit
-
-MOST_OVERTAKEN = 8  # so many later ones may be admitted before one that waits
-_LOOK_AHEAD = 16  # of those that wait, how many a step considers
+from mindgen.engine.units import Line, Unit
 
 
 @dataclass(frozen=True)
@@ -89,7 +84,7 @@ class Scheduler:
         self.short_context = short_context
         self._sight = Sight(window, max_batch_tokens) if window else None
         self._tables = BlockTables(pool, self._sight) if pool else None
-        self._waiting: deque[Unit] = deque()
+        self._waiting = Line()
         self._running: list[Unit] = []  # by order of admission; samples stand behind the one they were split from
         self._requests: dict[int, list[Unit]] = {}
         self._num_computed = self._num_reused = self._num_preemptions = 0
@@ -132,7 +127,7 @@ class Scheduler:
         unit = Unit([sequence], together=request.params.num_beams > 1)
         self._lengthen([sequence])
         self._requests[request.id] = [unit]
-        self._waiting.append(unit)
+        self._waiting.join(unit, self._blocks_to_start(unit))
 
     def schedule(self) -> Step | None:
         """The next step, or None when nothing can run before a step in flight is committed."""
@@ -211,20 +206,18 @@ class Scheduler:
 
     def _admit(self) -> None:
         """First come, first served, but who does not fit yet lets a few pass who do."""
-        index, (places, blocks) = 0, self._room()
-        while index < min(len(self._waiting), _LOOK_AHEAD) and places > 0 and blocks > 0:
-            unit = self._waiting[index]
-            if not self._running or (unit.width <= places and self._blocks_to_start(unit, blocks) <= blocks):
-                for earlier in islice(self._waiting, index):
-                    earlier.num_overtaken += 1
-                del self._waiting[index]
-                unit.admit()
-                self._running.append(unit)
-                places, blocks = self._room()
-            elif unit.num_overtaken >= MOST_OVERTAKEN:
-                return
+        places, blocks = self._room()
+        while places > 0 and blocks > 0:
+            if not self._running:
+                unit: Unit | None = next(iter(self._waiting))
             else:
-                index += 1
+                unit = self._waiting.first_fit(places, blocks, self._num_shared)
+            if unit is None:
+                return
+            self._waiting.overtake(unit)
+            unit.admit()
+            self._running.append(unit)
+            places, blocks = self._room()
 
     def _room(self) -> tuple[int, int]:
         """How many sequences may be admitted, and with how many blocks: those that the running ones leave, which lack
@@ -240,12 +233,12 @@ class Scheduler:
         lacks = sum(1 + self._tables.lacks(unit.sequences) for unit in self._running)
         return places, self.pool.num_available - lacks
 
-    def _blocks_to_start(self, unit: Unit, most: int) -> int:
-        """The blocks for its tokens so far; those that others use already are counted only if it matters."""
-        if self._tables is None:
-            return 0
-        lacks = self._tables.lacks(unit.sequences)
-        return lacks if lacks <= most else lacks - self._tables.num_in_use(unit.sequences[0])
+    def _blocks_to_start(self, unit: Unit) -> int:
+        """The blocks for its tokens so far, also those that others use."""
+        return self._tables.lacks(unit.sequences) if self._tables else 0
+
+    def _num_shared(self, unit: Unit) -> int:
+        return self._tables.num_in_use(unit.sequences[0]) if self._tables else 0
 
     def _in_order(self) -> list[Unit]:
         """Those who run and are not in flight: decodes first, each kind by order of admission."""
@@ -311,7 +304,7 @@ class Scheduler:
             self._tables.release(sequence)
         unit.send_back()
         self._running.remove(unit)
-        self._waiting.appendleft(unit)
+        self._waiting.send_back(unit, self._blocks_to_start(unit))
 
     def _fork(self, parent: Sequence, index: int) -> Sequence:
         child = parent.fork(index)
@@ -331,7 +324,10 @@ class Scheduler:
             self._drop(unit, sequence.request.id)
 
     def _drop(self, unit: Unit, request_id: int) -> None:
-        (self._running if unit.admitted else self._waiting).remove(unit)
+        if unit.admitted:
+            self._running.remove(unit)
+        else:
+            self._waiting.leave(unit)
         units = self._requests[request_id]
         units.remove(unit)
         if not units:

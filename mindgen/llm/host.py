@@ -207,22 +207,20 @@ class Host:
         return True
 
     def _submit(self, requests: Sequence[Request], engine: Engine) -> None:
-        numbers = [request.id for request in requests]
-        try:
-            for request in requests:
-                engine.submit(request)
-        except Exception as error:  # whatever one caller did wrong is no reason to end the engine for all
-            told = error if isinstance(error, ValueError) else RuntimeError(_failed("the request", error))
-            _abort(engine, numbers)
-            self._tell(News(refused=tuple(numbers), reason=str(told)))
-            self.desk.refuse(numbers, told)
+        refusal = _submit_all(requests, engine)
+        asked = tuple((request.id, digest(request)) for request in requests)
+        if refusal is None:
+            self._tell(News(asked=asked))
         else:
-            self._tell(News(taken=tuple((request.id, digest(request)) for request in requests)))
+            numbers = tuple(request.id for request in requests)
+            _abort(engine, numbers)
+            self._tell(News(asked=asked, refused=numbers, reason=str(refusal)))
+            self.desk.refuse(numbers, refusal)
 
     def _hear(self, words: Tensor) -> None:
         """What rank 0 tells the others."""
         news = News.unpack(words)
-        self._compare(news.taken)
+        self._compare(news.asked)
         if news.refused:
             self.desk.refuse(news.refused, ValueError(news.reason))
         self.desk.post(news.outputs)
@@ -260,6 +258,22 @@ def _ended(ranks: LocalRanks) -> Iterator[None]:
         patience = 10.0
     finally:
         ranks.close(patience)
+
+
+def _submit_all(requests: Sequence[Request], engine: Engine) -> Exception | None:
+    """Why one of them, named by its place among these, was refused, if one was; those before it are submitted.
+
+    Whatever one caller did wrong is no reason to end the engine for all.
+    """
+    for place, request in enumerate(requests):
+        name = f"prompt {place}" if len(requests) > 1 else "the request"
+        try:
+            engine.submit(request)
+        except ValueError as error:
+            return ValueError(str(error).replace(f"request {request.id}", name))  # a number that no caller knows
+        except Exception as error:
+            return RuntimeError(_failed(name, error))
+    return None
 
 
 def _telling(runner: Runner) -> Callable[[News], None]:

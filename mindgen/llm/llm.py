@@ -188,8 +188,8 @@ class LLM:
         with Progress.show(len(questions), progress) as bar, Call(self._host, len(questions), deliver) as call:
             call.ask(questions)
             while call.num_left:
-                outputs = call.take(arrivals.get())
-                bar.advance(outputs, len(questions) - call.num_left)
+                call.take(arrivals.get())
+                bar.advance(call.num_tokens, len(questions) - call.num_left)
         return call.results
 
     def _pieces(self, questions: Sequence[Any]) -> Iterator[Output]:

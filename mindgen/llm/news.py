@@ -1,4 +1,4 @@
-"""What rank 0 tells the other ranks that a launcher started: which requests it took, and every output of them.
+"""What rank 0 tells the other ranks that a launcher started: what it was asked, and every output.
 
 It travels as JSON in a vector of int64, because that is what goes between ranks, and because nothing is executed to
 read it.
@@ -21,10 +21,10 @@ _WORD = 8  # bytes of an int64
 
 @dataclass(frozen=True)
 class News:
-    """What is new: outputs; requests by id with a digest of what they ask; ids that were refused, and why."""
+    """What is new: outputs; requests by id with a digest of what they ask; those of them that were refused, and why."""
 
     outputs: tuple[Output, ...] = ()
-    taken: tuple[tuple[int, str], ...] = ()
+    asked: tuple[tuple[int, str], ...] = ()
     refused: tuple[int, ...] = ()
     reason: str = ""
 
@@ -40,8 +40,8 @@ class News:
     def unpack(cls, words: Tensor) -> News:
         values = json.loads(words.numpy().tobytes())
         outputs = tuple(_output(output) for output in values["outputs"])
-        taken = tuple((number, digest) for number, digest in values["taken"])
-        return cls(outputs, taken, tuple(values["refused"]), values["reason"])
+        asked = tuple((number, digest) for number, digest in values["asked"])
+        return cls(outputs, asked, tuple(values["refused"]), values["reason"])
 
 
 def digest(request: Request) -> str:

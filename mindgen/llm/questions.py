@@ -87,6 +87,7 @@ def make_questions(prompts: Sequence[Prompt], params: Params, model: Opened) -> 
 def _one_each(params: Params, count: int) -> Sequence[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    _check_sequence(params, "SamplingParams, or one for each prompt")
     if len(params) != count:
         raise ValueError(f"{len(params)} SamplingParams for {count} prompts; give one for each, or one for all")
     return params
@@ -100,15 +101,21 @@ def _question(prompt: Prompt, params: SamplingParams, model: Opened) -> Question
         text, ids = prompt, encode_prompt(model.tokenizer, prompt)
     else:
         ids = _token_ids(prompt, model.vocab_size)
-    room = model.max_positions - len(ids)
+    return Question(text, ids, _within(model.max_positions, len(ids), params))
+
+
+def _within(positions: int, num_prompt: int, params: SamplingParams) -> SamplingParams:
+    """The same with no more new tokens than there are positions for. ValueError where there are too few of these."""
+    room = positions - num_prompt
+    size = f"it has {num_prompt} tokens, and the model has {positions} positions"
     if room < 1:
+        raise ValueError(f"{size}: no room for an answer; shorten the prompt")
+    if params.min_new_tokens > room:
         raise ValueError(
-            f"it has {len(ids)} tokens, and the model has {model.max_positions} positions: "
-            "no room for an answer; shorten the prompt"
+            f"{size}: room for {room}, and min_new_tokens is {params.min_new_tokens}; "
+            "shorten the prompt or lower min_new_tokens"
         )
-    if params.max_new_tokens > room:
-        params = replace(params, max_new_tokens=room)
-    return Question(text, ids, params)
+    return replace(params, max_new_tokens=room) if params.max_new_tokens > room else params
 
 
 def encode_prompt(tokenizer: Tokenizer | None, text: str) -> tuple[int, ...]:

@@ -6,7 +6,8 @@ import pytest
 
 from mindgen.engine.blocks import BlockPool
 from mindgen.engine.request import Request, SamplingParams, Sequence
-from mindgen.engine.scheduler import MOST_OVERTAKEN, Scheduler, Step
+from mindgen.engine.scheduler import Scheduler, Step
+from mindgen.engine.units import MOST_OVERTAKEN
 
 
 def sequence(number: int, num_prompt: int = 4, num_new: int = 4, **options) -> Sequence:

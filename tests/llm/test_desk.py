@@ -81,7 +81,7 @@ def test_news_arrive_as_they_were() -> None:
         Output(7, 1, (3, 4), 'é "quoted"\n\ud800', "length", logprobs, score=0.1, prompt_logprobs=logprobs[1:]),
         Output(8, 0, message="why", finish_reason="error"),
     )
-    news = News(outputs, taken=((9, "abc"),), refused=(10, 11), reason="too long")
+    news = News(outputs, asked=((9, "abc"),), refused=(10, 11), reason="too long")
     assert News.unpack(news.pack()) == news
 
 

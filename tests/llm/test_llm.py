@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mindgen import LLM, Result, SamplingParams
+from mindgen.llm.call import Progress
 from mindgen.llm.desk import Deliver
 from mindgen.llm.llm import _into
 from tests.checkpoints import prompts
@@ -150,3 +151,12 @@ def test_the_bar_is_shown_on_demand_and_silent_elsewhere(demo: LLM, capsys: pyte
     assert capsys.readouterr().err == ""
     demo.generate(["def f"] * 3, GREEDY, progress=True)
     assert "3/3" in (shown := capsys.readouterr().err) and "tokens/s" in shown
+
+
+@pytest.mark.parametrize("options", [{"n": 2}, {"n": 2, "num_beams": 2}, {"n": 1, "best_of": 2}])
+def test_the_bar_counts_what_is_generated_and_not_the_prompt_that_is_echoed(demo: LLM, options: dict[str, Any]) -> None:
+    params = SamplingParams(max_new_tokens=3, min_new_tokens=3, ignore_eos=True, echo=True, **options)
+    with patch.object(Progress, "advance") as advance:
+        results = demo.generate(["def f", "class A"], params)
+    assert advance.call_args.args == (2 * 3 * params.n, 2)
+    assert results[0].token_ids[:-3] == results[0].prompt_token_ids

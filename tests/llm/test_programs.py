@@ -46,6 +46,8 @@ with LLM(DEMO, **SMALL) as llm:
             llm.generate(**wrong)
         except ValueError as error:
             told.append(str(error))
+    llm.generate("x", SamplingParams(max_new_tokens=1))
+    told.append(len(llm._host._digests))  # nothing is kept of what was refused
     async def ask():
         asked = [llm.agenerate("def f", SamplingParams(max_new_tokens=4)) for _ in range(4)]
         return await asyncio.gather(*asked)
@@ -128,7 +130,7 @@ def test_under_torchrun_every_rank_gets_what_rank_0_decides(tmp_path: Path) -> N
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     (first, one_asked), (second, other_noticed) = (json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1))
-    assert first == second and first[0] == 2 and len(first) == 12
+    assert first == second and first[0] == 2 and len(first) == 13 and 0 in first
     assert one_asked and other_noticed
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,13 @@ from mindgen import LLM, EngineConfig, SamplingParams
 from mindgen.llm.call import Call
 from mindgen.llm.questions import make_questions
 from tests.llm.demo import ANSWER, CHAT, DEMO, GREEDY, LONG, QUESTION, SMALL, waiting
+
+
+@pytest.fixture(scope="module")
+def cramped(checkpoint: Callable[[str], Path]) -> Iterator[LLM]:
+    """Without a tokenizer, and with room for few tokens."""
+    with LLM(checkpoint("qwen3"), device="cpu", block_size=16, kv_cache_memory=0.0001) as llm:
+        yield llm
 
 
 def test_an_unknown_option_is_a_type_error_that_names_it() -> None:
@@ -70,11 +77,49 @@ def test_what_only_the_engine_can_refuse_leaves_nothing_behind(demo: LLM) -> Non
         assert [str(error) for error in received if isinstance(error, ValueError)] and len(received) == 1
 
 
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([1] * 200, {}, " has 200 prompt tokens and may generate .* but the cache has "),
+        ([1], {"stop_token_ids": [331]}, "stop_token_ids of .* has token id 331"),
+        ([1], {"logit_bias": {331: 1.0}}, "the logit_bias of .* has token id 331"),
+        ([1], {"bad_words": ["no"]}, " has bad_words, which need a tokenizer"),
+    ],
+)
+def test_what_only_the_engine_refuses_is_named_as_the_caller_counts(
+    cramped: LLM, prompt: list[int], options: dict[str, Any], message: str
+) -> None:
+    cramped.generate([[1]] * 7, GREEDY)
+    params = SamplingParams(max_new_tokens=8, **options)
+    with pytest.raises(ValueError, match=message) as caught:
+        cramped.generate([[1], [2], prompt], [GREEDY, GREEDY, params])
+    assert "prompt 2 has" in str(caught.value) or "of prompt 2 has" in str(caught.value)
+    with pytest.raises(ValueError, match=message) as caught:
+        cramped.generate(prompt, params)
+    assert "the request has" in str(caught.value)
+    assert not waiting(cramped)
+
+
 def test_one_params_for_each_prompt(demo: LLM) -> None:
     with pytest.raises(ValueError, match="2 SamplingParams for 3 prompts"):
         demo.generate(["a"] * 3, [GREEDY] * 2)
     with pytest.raises(ValueError, match="is not SamplingParams"):
         demo.generate(["a"], [0.7])
+
+
+@pytest.mark.parametrize("bad", [5, {"n": 2}, (params for params in [GREEDY])])
+def test_params_of_a_wrong_type_are_told_what_to_be(demo: LLM, bad: Any) -> None:
+    with pytest.raises(ValueError, match="is of type .*; give SamplingParams, or one for each prompt"):
+        demo.generate("a", bad)
+
+
+def test_what_leaves_no_room_for_the_least_answer_is_said_with_what_the_caller_gave(demo: LLM) -> None:
+    message = (
+        r"2040 tokens, and the model has 2048 positions: room for 8, and min_new_tokens is 20; shorten the prompt or"
+    )
+    with pytest.raises(ValueError, match=message):
+        demo.generate([1] * 2040, SamplingParams(min_new_tokens=20))
+    assert len(demo.generate([1] * 2040, SamplingParams(min_new_tokens=8)).token_ids) == 8
 
 
 @pytest.mark.parametrize("bad", [None, 5, b"ab", {"role": "user", "content": "one message"}])
@@ -93,7 +138,7 @@ def test_what_is_no_conversation_is_told_what_one_is(demo: LLM, bad: Any) -> Non
 
 @pytest.mark.parametrize("bad", [[2**70], [99999]])
 def test_a_stop_token_outside_the_vocabulary_is_refused_and_harms_nobody(demo: LLM, bad: list[int]) -> None:
-    with pytest.raises(ValueError, match=f"stop_token_ids of request .* has token id {bad[0]}; the model's voc"):
+    with pytest.raises(ValueError, match=f"^stop_token_ids of the request has token id {bad[0]}; the model's voc"):
         demo.generate("def f", SamplingParams(stop_token_ids=bad, min_new_tokens=3))
     assert demo.chat(QUESTION, CHAT).text == ANSWER
 
