@@ -21,7 +21,8 @@ _WIDTH = 46
 def answer(job: Job, task: Task, engine: Engine, first: bool) -> bool:
     """Runs one task over all prompts and shows the answers; False if one failed.
 
-    The `first` task begins the output file anew. What was finished before an error or Ctrl-C is written all the same.
+    The `first` task begins the output file anew, once there is an answer. What was finished before an error or Ctrl-C
+    is written all the same.
     """
     started = time.monotonic()
     count = max(1, job.options.num_return_sequences)
@@ -32,8 +33,9 @@ def answer(job: Job, task: Task, engine: Engine, first: bool) -> bool:
             answers[output.request_id][output.index].add(output)
             printer.show(finished_only=task.beams or not job.options.stream)
     finally:
-        if job.options.output_file is not None:
-            _write_records(Path(job.options.output_file), _records(job, task, answers), "w" if first else "a")
+        records = _records(job, task, answers)
+        if job.options.output_file is not None and records:
+            _write_records(Path(job.options.output_file), records, "w" if first else "a")
     print(f"Elapsed: {time.monotonic() - started:.2f}s", file=sys.stderr)
     if job.options.compare_hf is not None:
         compare(job, task, [samples[0].token_ids for samples in answers])

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mindgen.commands.flags import by_flags
 from mindgen.commands.job import Job, room
-from mindgen.commands.tasks import Task
+from mindgen.commands.tasks import Task, sampling_flags
 from mindgen.engine.engine import Engine
 from mindgen.engine.request import Request
 from mindgen.text.chat import Command, Conversation, parse_command
@@ -17,18 +18,23 @@ from mindgen.text.chat import Command, Conversation, parse_command
 _BANNER = "q, quit or exit ends the chat; clear or new starts another; Ctrl-C stops an answer"
 
 
-def chat(job: Job, task: Task, engine: Engine) -> None:
-    """Reads lines and streams answers until the user ends it or the input does."""
+def chat(job: Job, task: Task, engine: Engine) -> bool:
+    """Reads lines and streams answers until the user ends it or the input does; False if an answer failed.
+
+    A turn that is refused or fails is forgotten, and the next one follows.
+    """
+    good = True
     conversation = Conversation(job.options.history_turns)
     print(_BANNER, file=sys.stderr)
     for number, line in enumerate(_lines()):
         command = parse_command(line)
         if command is Command.END:
-            return
+            return good
         if command is Command.WIPE:
             conversation.clear()
         elif line.strip():
-            _turn(job, task, engine, conversation, line, number)
+            good &= _turn(job, task, engine, conversation, line, number)
+    return good
 
 
 def _lines() -> Iterator[str]:
@@ -41,36 +47,48 @@ def _lines() -> Iterator[str]:
         yield line.rstrip("\n")
 
 
-def _turn(job: Job, task: Task, engine: Engine, conversation: Conversation, line: str, number: int) -> None:
-    assert job.model.tokenizer is not None
+def _turn(job: Job, task: Task, engine: Engine, conversation: Conversation, line: str, number: int) -> bool:
+    """False if the engine failed at the answer; what it refuses is said and is no failure."""
     conversation.add_user(line)
     try:
-        ids = job.model.tokenizer.apply_chat_template(conversation.messages)
-        limit = room(len(ids), job.options, job.model.max_positions, line[:60])
+        request = _request(job, task, conversation, line, number)
+        with by_flags(sampling_flags(job.options)):
+            engine.submit(request)
     except ValueError as error:
         conversation.withdraw()
         print(f"mindgen: {error}", file=sys.stderr)
-        return
+        return True
     print("\nmindgen:", file=sys.stderr, flush=True)
-    request = Request(number, tuple(ids), task.params(job.options, limit))
-    conversation.add_assistant(_stream(engine, request))
+    answer = _stream(engine, number)
+    if answer is None:
+        conversation.withdraw()
+    else:
+        conversation.add_assistant(answer)
     print(flush=True)
+    return answer is not None
 
 
-def _stream(engine: Engine, request: Request) -> str:
-    """Prints the answer while it comes; after Ctrl-C what there is of it."""
-    text = ""
+def _request(job: Job, task: Task, conversation: Conversation, line: str, number: int) -> Request:
+    assert job.model.tokenizer is not None
+    ids = job.model.tokenizer.apply_chat_template(conversation.messages)
+    limit = room(len(ids), job.options, job.model.max_positions, line[:60])
+    return Request(number, tuple(ids), task.params(job.options, limit))
+
+
+def _stream(engine: Engine, number: int) -> str | None:
+    """Prints the answer while it comes; after Ctrl-C what there is of it, and None if it failed."""
+    text, failed = "", False
     with _interruptible() as interrupted:
-        engine.submit(request)
         while engine.has_work:
             if interrupted:
-                engine.abort(request.id)
+                engine.abort(number)
             for output in engine.step():
                 print(output.text, end="", flush=True)
                 text += output.text
+                failed |= output.finish_reason == "error"
                 if output.message:
                     print(f"mindgen: {output.message}", file=sys.stderr)
-    return text
+    return None if failed else text
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from datetime import datetime
 from math import isnan
 from pathlib import Path
 
+from mindgen.commands.fitting import check_served
 from mindgen.commands.flags import Parser, add_flags, from_flags
 from mindgen.commands.latency import Percentiles, Timeline, run_timed, summarise
-from mindgen.commands.mindie.sampling import MindieSampling
+from mindgen.commands.mindie.sampling import FLAGS, MindieSampling
 from mindgen.commands.mindie.token_files import check_token_ids, read_token_file
 from mindgen.commands.ranks import run_on_ranks
 from mindgen.config import EngineConfig, option
@@ -131,18 +132,21 @@ def _requests(name: str, options: EngineTestConfig, sampling: MindieSampling, mo
 
 
 def _writable(path: Path, dataset: Path) -> Path:
-    """Refuses a file that could not be put in its place at the end, and the one that is read."""
+    """Where the file is to be, behind all links. Refuses one that could not be put there, and the one that is read."""
     if path.resolve() == dataset.resolve():
         raise ValueError(f"--record_output {path} is the file of the requests; name another one")
     if path.exists() and not path.is_file():
         raise ValueError(f"--record_output {path} is not a regular file, and would be replaced; name another one")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    folder = path.resolve().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"--record_output {path} cannot be written; name a file in a folder that is there")
-    return path
+    return path.resolve()
 
 
 def _serve(job: EngineTestJob, engine: Engine) -> int:
     """Rank 0's part; 1 if an answer failed."""
+    asked = ((f"line {number}: ", request) for number, request in enumerate(job.requests, 1))
+    check_served(engine, asked, FLAGS | {"max_new_tokens": "--max_new_tokens"})
     _warm_up(job, engine)
     tokens: list[list[int]] = [[] for _ in job.requests]
     failures: list[str] = []

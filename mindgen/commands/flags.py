@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from mindgen.config import flags_of
 
 Config = TypeVar("Config")
+_OPTION = re.compile(r"(?<![-\w])[a-z]+(_[a-z]+)+\b")
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,14 +44,18 @@ def from_flags(config: type[Config], parsed: argparse.Namespace, **replaced: Any
 
 @contextmanager
 def by_flags(flags: Mapping[str, str]) -> Iterator[None]:
-    """Within it, a ValueError on an option (`top_k is -1; ...`) calls that by its flag: --top_k, or as `flags` says."""
+    """Within it, a ValueError on an option (`top_k is -1; ...`) calls that by its flag: --top_k, or as `flags` says.
+
+    Options further on in the message are called as `flags` says; they are told from prose by an underscore.
+    """
     try:
         yield
     except ValueError as error:
         name, verb, rest = str(error).partition(" is ")
         if not (verb and name.isidentifier()):
-            raise
-        raise ValueError(f"{flags.get(name, f'--{name}')}{verb}{rest}") from None
+            name, verb, rest = "", "", str(error)
+        flag = flags.get(name, f"--{name}") if name else ""
+        raise ValueError(flag + verb + _OPTION.sub(lambda found: flags.get(found[0], found[0]), rest)) from None
 
 
 def truth(text: str) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from mindgen.commands.answers import answer
 from mindgen.commands.chat import chat
+from mindgen.commands.fitting import check_served
 from mindgen.commands.flags import Parser, add_flags, from_flags
 from mindgen.commands.job import Job, open_job
 from mindgen.commands.legacy import add_legacy_flags, apply_legacy_flags
 from mindgen.commands.options import GenerateConfig
-from mindgen.commands.ranks import run_on_ranks
-from mindgen.commands.tasks import find_tasks
+from mindgen.commands.ranks import FAILURE, run_on_ranks
+from mindgen.commands.tasks import find_tasks, sampling_flags
 from mindgen.config import EngineConfig
 from mindgen.engine.engine import Engine
 
@@ -42,10 +43,10 @@ def _prepare(arguments: list[str], rank: int) -> Job:
 
 def _serve(job: Job, engine: Engine) -> int:
     """Rank 0's part, with the engine ready: the tasks in turn. The exit code is 1 if an answer failed."""
-    code = 0
-    for number, task in enumerate(find_tasks(job.options.task)):
-        if task.chat:
-            chat(job, task, engine)
-        elif not answer(job, task, engine, first=number == 0):
-            code = 1
-    return code
+    tasks = find_tasks(job.options.task)
+    asked = (("", request) for task in tasks if not task.chat for request in job.requests(task))
+    check_served(engine, asked, sampling_flags(job.options))
+    good = True
+    for number, task in enumerate(tasks):
+        good &= chat(job, task, engine) if task.chat else answer(job, task, engine, first=number == 0)
+    return 0 if good else FAILURE

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mindgen.commands.files import check_apart, check_writable
 from mindgen.commands.options import GenerateConfig
 from mindgen.commands.prompts import Prompt, gather_prompts, tokenize
 from mindgen.commands.tasks import Task, find_tasks
@@ -75,7 +76,9 @@ def _with_prompts(job: Job) -> Job:
             raise ValueError("--task chat needs a tokenizer; name one with --tokenizer-name-or-path")
         if task.chat and model.tokenizer is not None:
             model.tokenizer.require_chat_template()
-    _check_output(options.output_file)
+    if options.output_file is not None:
+        check_writable("--output-file", options.output_file)
+        check_apart("--output-file", options.output_file, {"--prompt-file": _read_file(options)})
     _check_comparison(job)
     return job
 
@@ -105,15 +108,8 @@ def _unused_options(options: GenerateConfig, tasks: list[Task]) -> list[str]:
     return notes
 
 
-def _check_output(name: str | None) -> None:
-    """Refuses an output file that could not be written at the end. ValueError names it."""
-    if name is None:
-        return
-    try:
-        with open(name, "a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise ValueError(f"--output-file {name} cannot be written: {error.strerror}") from None
+def _read_file(options: GenerateConfig) -> str | None:
+    return None if options.prompt_file == "-" else options.prompt_file
 
 
 def _check_comparison(job: Job) -> None:

@@ -7,10 +7,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Protocol
 
-from mindgen.engine.request import FinishReason, Output, Request
+from mindgen.engine.engine import Engine
+from mindgen.engine.request import FinishReason, Output, Request, Status
 
 
 class Steps(Protocol):
@@ -26,9 +27,8 @@ class Steps(Protocol):
 class Timeline:
     """One request, in seconds on the clock of its run.
 
-    arrival: when it was asked. submitted: when the engine got it, which may be later; None before. num_answers: how
-    many it gives. tokens: for each of them, (time, number of tokens) of every piece of news, in order. reasons: why
-    each of them ended. end: when the last of them did, None before.
+    arrival: when it was asked. num_answers: how many it gives. tokens: for each of them, (time, number of tokens) of
+    every piece of news, in order. reasons: why each of them ended. end: when the last of them did, None before.
     """
 
     num_prompt: int
@@ -37,7 +37,6 @@ class Timeline:
     tokens: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
     reasons: dict[int, FinishReason] = field(default_factory=dict)
     end: float | None = None
-    submitted: float | None = None
 
     def add(self, now: float, output: Output) -> None:
         """Notes a piece of news."""
@@ -166,12 +165,27 @@ def summarise(timelines: Iterable[Timeline]) -> Summary:
     )
 
 
-def most_together(timelines: Iterable[Timeline]) -> int:
-    """How many requests the engine held at once, at most."""
-    lines = [line for line in timelines if line.submitted is not None]
-    ends = [(line.end, -1) for line in lines if line.end is not None]
-    changes = sorted(ends + [(line.submitted, 1) for line in lines if line.submitted is not None])
-    return max(accumulate((change for _, change in changes), initial=0))
+class Watched:
+    """An engine that is watched: `most_together` is how many requests it ran at once, at most; others waited."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.most_together = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self._engine.has_work
+
+    def submit(self, request: Request) -> None:
+        self._engine.submit(request)
+
+    def step(self) -> list[Output]:
+        """A step of the engine. Together are those that run after it and those that it ended."""
+        outputs = self._engine.step()
+        running = {each.request.id for each in self._engine.scheduler.sequences if each.status is Status.RUNNING}
+        ended = {output.request_id for output in outputs if output.finish_reason is not None}
+        self.most_together = max(self.most_together, len(running | ended))
+        return outputs
 
 
 def run_timed(
@@ -198,9 +212,7 @@ def run_timed(
     while queue or engine.has_work:
         now = clock() - start
         while queue and queue[0][0] <= now and (most_at_once is None or num_inside < most_at_once):
-            request = queue.popleft()[1]
-            engine.submit(request)
-            timelines[request.id].submitted = now
+            engine.submit(queue.popleft()[1])
             num_inside += 1
         if not engine.has_work:
             wait(queue[0][0] - now)

@@ -62,8 +62,6 @@ class GenerateConfig:
             raise ValueError("--compare-hf compares whole answers; leave out --stop")
         if self.stop and any(task.beams for task in find_tasks(self.task)):
             raise ValueError("a beam search knows no stop strings; leave out --stop, or end it with --add-eos-token")
-        if self.prompt_file is not None and self.prompt_file == self.output_file:
-            raise ValueError(f"--prompt-file and --output-file are both {self.prompt_file}; write to another file")
         if self.max_new_tokens < 1 or (self.max_length is not None and self.max_length < 1):
             raise ValueError("--max-new-tokens and --max-length must be at least 1")
         if self.history_turns < 0:

@@ -6,12 +6,13 @@ import sys
 from dataclasses import dataclass, field, replace
 from math import isnan
 
+from mindgen.commands.fitting import check_served
 from mindgen.commands.flags import Parser, add_flags, from_flags
-from mindgen.commands.latency import Timeline, most_together, run_timed, summarise
+from mindgen.commands.latency import Timeline, Watched, run_timed, summarise
 from mindgen.commands.mindie.options import GeneratorConfig, engine_config
 from mindgen.commands.mindie.plugins import PluginParams, check_plugins, read_plugin_params
 from mindgen.commands.mindie.prompts import GeneratorPrompt, gather_prompts, tokenize
-from mindgen.commands.mindie.sampling import MindieSampling, read_json_list
+from mindgen.commands.mindie.sampling import FLAGS, MindieSampling, read_json_list
 from mindgen.commands.mindie.token_files import check_token_ids
 from mindgen.commands.ranks import run_on_ranks
 from mindgen.config import EngineConfig
@@ -25,6 +26,7 @@ _HEADINGS = (
     "requests", "batch", "input length", "output length", "time to first token (ms)", "time per token (ms)",
     "total time (ms)", "tokens/s",
 )  # fmt: skip
+_FLAGS = FLAGS | {"max_new_tokens": "--max_output_length", "kv_cache_memory": "--npu_mem"}
 
 
 @dataclass(frozen=True)
@@ -118,10 +120,11 @@ def _request(
 
 def _serve(job: GeneratorJob, engine: Engine) -> int:
     """Rank 0's part; 1 if an answer failed."""
-    report = _Report(job)
+    check_served(engine, (("", request) for request in job.requests), _FLAGS)
+    report, watched = _Report(job), Watched(engine)
     arrivals = [(0.0, request) for request in job.requests]
-    timelines = run_timed(engine, arrivals, listen=report.add, most_at_once=job.options.max_batch_size)
-    print("\n" + _table(timelines))
+    timelines = run_timed(watched, arrivals, listen=report.add, most_at_once=job.options.max_batch_size)
+    print("\n" + _table(timelines, watched.most_together))
     return 1 if report.failed else 0
 
 
@@ -172,13 +175,13 @@ def _print_logprobs(place: str, answer: Sample) -> None:
         print(f"TopLogprobs{place}: {tops}")
 
 
-def _table(timelines: list[Timeline]) -> str:
+def _table(timelines: list[Timeline], most_together: int) -> str:
     """What the run cost, as a Markdown table of one row; lengths and times are means over the requests, and `-` where
     nothing is known: tokens that came all together have no time between them."""
     summary, count = summarise(timelines), len(timelines)
     values = (
         count,
-        most_together(timelines),
+        most_together,
         summary.num_prompt / count,
         summary.num_new / count,
         1000 * summary.first_token.mean,

@@ -26,8 +26,7 @@ class Task:
 
     def params(self, options: GenerateConfig, max_new_tokens: int) -> SamplingParams:
         """What the command line asks of this task; ValueError for values out of range, by their flags."""
-        flags = {item.name: flags_of(item)[0] for item in fields(options)}
-        with by_flags(flags | {"n": "--num-return-sequences"}):
+        with by_flags(sampling_flags(options)):
             return self._params(options, max_new_tokens)
 
     def _params(self, options: GenerateConfig, max_new_tokens: int) -> SamplingParams:
@@ -45,6 +44,11 @@ class Task:
             length_penalty=options.length_penalty if self.beams else 1.0,
             logprobs=options.logprobs,
         )
+
+
+def sampling_flags(options: GenerateConfig) -> dict[str, str]:
+    """What the options of SamplingParams are called on the command line."""
+    return {item.name: flags_of(item)[0] for item in fields(options)} | {"n": "--num-return-sequences"}
 
 
 _GREEDY = Task("greedy_search", "Greedy Search")

@@ -51,10 +51,10 @@ def check_fits(
             f"tokens; lower num_beams or raise {named('max_batch_tokens')}"
         )
     if pool and (need := most_blocks(request, pool, sight)) > pool.num_blocks:
-        beams = f" in {params.num_beams} beams" if params.num_beams > 1 else ""
+        beams, fewer = (f" in {params.num_beams} beams", " or num_beams") if params.num_beams > 1 else ("", "")
         raise ValueError(
             f"{size}{beams}, which takes {need} blocks of {pool.block_size} tokens, but the cache has "
-            f"{pool.num_blocks}; lower max_new_tokens or num_beams, shorten the prompt, or raise "
+            f"{pool.num_blocks}; lower max_new_tokens{fewer}, shorten the prompt, or raise "
             f"{named('kv_cache_memory')}"
         )
 

@@ -111,6 +111,10 @@ class Recorder:
     def submit(self, request: Request) -> None:
         self.asked.append(request)
 
+    def abort(self, request_id: int) -> bool:
+        self.has_work = False
+        return True
+
 
 def test_the_warm_up_leaves_nothing_in_the_cache_that_the_requests_could_find() -> None:
     requests = tuple(Request(number, (5, 9, number), SamplingParams(max_new_tokens=30)) for number in range(4))
@@ -149,7 +153,8 @@ class Interrupted(Recorder):
     """An engine whose user presses Ctrl-C."""
 
     def step(self) -> Any:
-        raise KeyboardInterrupt
+        if self.has_work:
+            raise KeyboardInterrupt
 
     def submit(self, request: Request) -> None:
         self.has_work = True
@@ -183,6 +188,14 @@ def test_a_bad_line_is_refused_by_its_number(run: Run, tmp_path: Path, name: str
     code, out, err = run(tmp_path / "in.csv", "--record_output", tmp_path / "out.csv")
     assert (code, out) == (2, "") and expected in err and "Traceback" not in err
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_request_that_can_never_fit_is_refused_before_any_is_served(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("5,6,7\n" + ",".join(["5"] * 600))
+    cache = ("--kv-cache-memory", "0.0012", "--block-size", "16", "--max_batch_size", "1")
+    code, out, err = run(tmp_path / "in.csv", "--load_all_data", *GREEDY, *cache)
+    assert (code, out) == (2, "") and "mindgen: line 2: request 1 has 600 prompt tokens" in err
+    assert "but the cache has 19; lower --max_new_tokens, shorten" in err
 
 
 BAD = {

@@ -7,7 +7,7 @@ from collections import deque
 
 import pytest
 
-from mindgen.commands.latency import Percentiles, Timeline, most_together, run_timed, summarise
+from mindgen.commands.latency import Percentiles, Timeline, run_timed, summarise
 from mindgen.engine.request import Output, Request, SamplingParams
 
 
@@ -88,7 +88,7 @@ def test_no_more_requests_at_once_than_allowed(most: int | None) -> None:
     clock = Clock()
     engine = OneAtATime(clock)
     lines = run_timed(engine, [(0, request(n, 2, n=2)) for n in range(5)], clock, clock.wait, most_at_once=most)
-    assert engine.most == most_together(lines) == (most or 5)
+    assert engine.most == (most or 5)
     assert [line.latency for line in lines] == [4, 8, 12, 16, 20]
 
 
@@ -128,5 +128,4 @@ def test_what_never_came_is_left_out() -> None:
     line.add(2.0, Output(0, 0, finish_reason="error", message="no logits"))
     summary = summarise([line])
     assert (line.first_token, line.gaps, line.latency, line.reasons) == (None, [], 2.0, {0: "error"})
-    assert most_together([line]) == 0
     assert not len(summary.first_token) and math.isnan(summarise([]).tokens_per_second)

@@ -266,7 +266,26 @@ BAD: dict[str, tuple[str, str]] = {
         "--benchmark --src_length 2000 --max_length 1024",
         "2000 and --max_length 1024 together, 3024",
     ),
-    "a request beyond the cache": ("--data_file good --kv-cache-memory 0.0012 --max_length 2000", "line 1: "),
+    "a request beyond the cache": (
+        "--data_file good --kv-cache-memory 0.0012 --max_length 2000",
+        "but the cache has 4; lower --max_length, shorten",
+    ),
+    "a benchmark of more than run at once": (
+        "--benchmark --batch_size 300",
+        "--batch_size is 300, but at most 256 sequences run together",
+    ),
+    "a benchmark of more beams": (
+        "--benchmark --batch_size 100 --decode_strategy beam_search --num_beams 3",
+        "--batch_size is 100 in 3 beams, but at most 256",
+    ),
+    "a benchmark beyond the cache": (
+        "--data_file good --benchmark --batch_size 3 --src_length 64 --kv-cache-memory 0.0012",
+        "--batch_size 3 takes 9 blocks of 64 tokens at once, but the cache has 4",
+    ),
+    "a filter out of range that has no effect": ("--decode_strategy greedy_search --top_p 7", "mindgen: --top_p is 7"),
+    "a temperature out of range beside it": ("--decode_strategy beam_search --temperature -3", "--temperature is -3"),
+    "beams that are not searched": ("--num_beams 257", "mindgen: --num_beams is 257; "),
+    "a penalty without beams": ("--length_penalty nan", "mindgen: --length_penalty is nan; "),
     "no size": ("--batch_size 0", "--batch_size is 0"),
     "a minimum above the maximum": ("--min_length 5 --max_length 4", "--min_length is 5"),
     "another strategy": ("--decode_strategy greedy", "'sampling', 'greedy_search', 'beam_search'"),
@@ -287,6 +306,17 @@ def test_bad_input_is_one_message_and_exit_code_2(run: Run, tmp_path: Path, name
     assert expected in err and "Traceback" not in err
     assert sum(line.startswith("mindgen: ") for line in err.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "good"]
+
+
+def test_flags_that_a_strategy_does_not_look_at_are_named() -> None:
+    model = ["--model_name_or_path", "x", "--decode_strategy"]
+    filters, beams = ["--top_k", "5", "--top_p", "0.5", "--temperature", "2"], ["--num_beams", "4"]
+    _, _, notes = read_flags([*model, "greedy_search", *filters, *beams])
+    assert notes == ["no effect with --decode_strategy greedy_search: --top_k, --top_p, --temperature, --num_beams"]
+    assert read_flags([*model, "beam_search", *filters, *beams])[2] == [
+        "no effect with --decode_strategy beam_search: --top_k, --top_p, --temperature"
+    ]
+    assert not read_flags([*model, "sampling", *filters])[2] and not read_flags([*model, "beam_search", *beams])[2]
 
 
 REFUSED = """

@@ -13,12 +13,13 @@ from transformers import AutoTokenizer
 
 from mindgen.commands.predict import _prepare, _serve
 from mindgen.commands.predict.chat_template import read_turn_template
-from mindgen.commands.predict.data import Line, read_lines
+from mindgen.commands.predict.data import BadLine, Line, read_lines
+from mindgen.commands.predict.journal import Journal
 from mindgen.commands.predict.options import PredictConfig
 from mindgen.commands.predict.output import OutputFile
 from mindgen.commands.predict.prompts import Prompt, Prompter, make_prompter
 from mindgen.commands.predict.run import Progress, answers, predict
-from mindgen.commands.predict.survey import survey
+from mindgen.commands.predict.survey import Survey, survey
 from mindgen.config import EngineConfig
 from mindgen.engine.request import Output, Request
 from mindgen.startup.opened import TokenizerChoice, open_model, with_tokenizer
@@ -86,6 +87,23 @@ def test_a_template_that_is_none_or_runs_away_is_refused(tmp_path: Path, change:
     assert message in str(error.value)
 
 
+def test_what_leaves_no_room_is_the_limit_that_was_reached(tmp_path: Path) -> None:
+    data = written(tmp_path / "in", {"src": "one two three four five six seven eight nine ten"})
+
+    def reason(**options: Any) -> str:
+        (line,) = prompter(data_file=data, chat_template="none", **options).prompts()
+        assert isinstance(line, BadLine)
+        return line.reason
+
+    assert "--total_max_length is 6, for prompt" in reason(total_max_length=6) and "--src" not in reason(
+        total_max_length=6
+    )
+    both = reason(total_max_length=6, src_length=5, min_length=2, max_length=9)
+    assert "of which --src_length keeps 5, and --total_max_length is 6" in both and "of --min_length 2" in both
+    written(tmp_path / "in", {"src": "x " * 3000})
+    assert "the model's context is 2048" in reason(src_length=9999, total_max_length=5000)
+
+
 class LastFirst:
     """An engine that ends the newest request first, and knows how many it held."""
 
@@ -106,9 +124,8 @@ def test_the_input_is_read_only_as_far_as_requests_may_run(tmp_path: Path) -> No
     data = written(tmp_path / "in", *({"src": f"a{number}"} for number in range(50)))
     engine, made = LastFirst(), prompter(data_file=data, batch_size=4)
     with closing(Progress(0, 50)) as bar:
-        found = answers(made, 0, engine, bar)  # type: ignore[arg-type]
-        first = next(found)
-        numbers = [first.prompt.line.number, *(asked.prompt.line.number for asked in found)]
+        found = answers(made, Survey(), engine, bar, Journal(None, {}))  # type: ignore[arg-type]
+        numbers = [asked.number for ready in found for asked in ready]
     assert numbers == list(range(1, 51))
     assert engine.most == 4
 
@@ -116,9 +133,10 @@ def test_the_input_is_read_only_as_far_as_requests_may_run(tmp_path: Path) -> No
 def test_answers_that_wait_for_an_earlier_one_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mindgen.commands.predict.run._MOST_HELD", 10)
     data = written(tmp_path / "in", *({"src": f"a{number}"} for number in range(50)))
-    engine = LastFirst()
+    engine, made = LastFirst(), prompter(data_file=data, batch_size=2)
     with closing(Progress(0, 50)) as bar:
-        next(answers(prompter(data_file=data, batch_size=2), 0, engine, bar))  # type: ignore[arg-type]
+        found = answers(made, Survey(), engine, bar, Journal(None, {}))  # type: ignore[arg-type]
+        next(ready for ready in found if ready)
     assert engine.submitted == 12
 
 

@@ -176,6 +176,23 @@ def test_cache_size_block_size_and_chunks_are_the_engine_s(run: Run) -> None:
     assert "plugin prefix_cache: " in err and "plugin splitfuse: " in err
 
 
+def test_a_request_that_can_never_fit_is_refused_before_any_is_answered(run: Run) -> None:
+    cache = ("--npu_mem", "0.0012", "--block_size", "16", "--max_batch_size", "1")
+    code, out, err = run("--input_ids", "5,6,7", ",".join(["5"] * 600), *cache)
+    assert (code, out) == (2, "")
+    assert "request 1 has 600 prompt tokens" in err
+    assert "but the cache has 19; lower --max_output_length, shorten the prompt, or raise --npu_mem (--kv-" in err
+
+
+def test_the_table_counts_those_that_really_ran_together(run: Run) -> None:
+    cache = ("--npu_mem", "0.00026", "--block_size", "16", "--max_output_length", "30")
+    _, out, err = run("--input_ids", "5,6,7", "5,6", "9,10", "11,12", *cache, "--ignore_eos")
+    assert "cache: 4 blocks of 16" in err  # each starts with one, and one more is kept free for each that runs
+    assert row(out)[:2] == [4, 2]
+    _, out, _ = run("--input_ids", "5,6,7", "5,6", "9,10", "--max_output_length", "1")
+    assert row(out)[:2] == [3, 3], "those that a step ends ran together in it"
+
+
 def test_mindie_s_names_become_the_engine_s_configuration() -> None:
     def made(*arguments: str) -> EngineConfig:
         parsed = parser().parse_args(["--model_path", "x", *arguments])

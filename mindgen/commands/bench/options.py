@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import isfinite
 
+from mindgen.commands.files import check_apart, check_writable
 from mindgen.config import option
 
 _NUM_SERVED = 16
@@ -127,7 +127,10 @@ class BenchConfig:
         """Refuses files that could not be written at the end. ValueError names the flag."""
         for flag, name in (("--json", self.json), ("--plot", self.plot)):
             if name is not None:
-                _check_writable(flag, name)
+                check_writable(flag, name)
+                check_apart(flag, name, {"--text-file": self.text_file})
+        if self.plot is not None:
+            check_apart("--plot", self.plot, {"--json": self.json})
 
     def _check_rate(self) -> None:
         if self.request_rate is None:
@@ -149,15 +152,3 @@ class BenchConfig:
             )
         if self.vs is not None and isfinite(self.request_rate):
             raise ValueError("--vs hf runs one padded batch, which needs all requests at once: --request-rate inf")
-
-
-def _check_writable(flag: str, name: str) -> None:
-    """Leaves no file where there was none."""
-    existed = os.path.lexists(name)
-    try:
-        with open(name, "ab"):
-            pass
-    except OSError as error:
-        raise ValueError(f"{flag} {name} cannot be written: {error.strerror}") from None
-    if not existed:
-        os.unlink(name)

@@ -14,6 +14,8 @@ _POST_PROCESS = (
     "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "frequency_penalty", "presence_penalty",
     "seed", "logprobs", "top_logprobs", "request_ignore_eos", "length_penalty",
 )  # fmt: skip
+# What options of SamplingParams are called here, where it is not their own name.
+FLAGS = {"n": "--param_n", "num_beams": "--best_of", "logprobs": "--top_logprobs", "stop": "--stop_strings"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class MindieSampling:
 
     def params(self, max_new_tokens: int) -> SamplingParams:
         """What every request asks. Raises ValueError for values out of range."""
-        with by_flags(_FLAGS):
+        with by_flags(FLAGS):
             return self._params(max_new_tokens)
 
     def _params(self, max_new_tokens: int) -> SamplingParams:
@@ -113,7 +115,6 @@ class MindieSampling:
         return self.param_n if self.best_of is None else self.best_of
 
 
-_FLAGS = {"n": "--param_n", "num_beams": "--best_of", "logprobs": "--top_logprobs", "stop": "--stop_strings"}
 _FILTERS = ("temperature", "top_k", "top_p")
 _PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 

@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass, replace
 
-from mindgen.commands.predict.benchmark import benchmark, check_benchmark
+from mindgen.commands.predict.benchmark import benchmark, check_benchmark, check_room
 from mindgen.commands.predict.data import check_data_file
 from mindgen.commands.predict.flags import parser, read_flags
 from mindgen.commands.predict.options import PredictConfig
@@ -69,6 +69,8 @@ def _survey(job: PredictJob) -> Survey:
 def _serve(job: PredictJob, engine: Engine) -> int:
     """Rank 0's part, with the engine ready. The exit code is 1 if an answer failed."""
     good = True
+    if job.options.benchmark:
+        check_room(job.options, engine)
     if job.options.predicts:
         good = _predict(job, engine)
     if job.options.benchmark:

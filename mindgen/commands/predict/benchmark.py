@@ -8,19 +8,48 @@ from collections.abc import Sequence
 from mindgen.commands.latency import Percentiles, Timeline, run_timed, summarise
 from mindgen.commands.predict.options import PredictConfig
 from mindgen.engine.engine import Engine
+from mindgen.engine.fits import most_blocks
 from mindgen.engine.request import Request
+from mindgen.startup.cache_size import MOST_SEQUENCES
 from mindgen.text.tokenizer import Tokenizer
 
 _TEXT = "hello world, how are you?"  # PaddleNLP's
 
 
 def check_benchmark(options: PredictConfig, max_positions: int) -> None:
-    """Refuses lengths that the model cannot take. ValueError names them."""
+    """Refuses lengths that the model cannot take, and a batch that would not run at once. ValueError names them."""
+    if not options.benchmark:
+        return
     wanted, most = options.src_length + options.max_length, options.total(max_positions)
-    if options.benchmark and wanted > most:
+    if wanted > most:
         raise ValueError(
             f"--benchmark needs --src_length {options.src_length} and --max_length {options.max_length} together, "
             f"{wanted} tokens, but prompt and answer have {most}; lower one of them"
+        )
+    width = options.params(1).num_beams
+    if options.batch_size * width > MOST_SEQUENCES:
+        beams = f" in {width} beams" if width > 1 else ""
+        raise ValueError(
+            f"--benchmark: --batch_size is {options.batch_size}{beams}, but at most {MOST_SEQUENCES} sequences run "
+            "together; lower it"
+        )
+
+
+def check_room(options: PredictConfig, engine: Engine) -> None:
+    """Every prompt of a batch must find room at once, or its figures would be those of a queue. ValueError otherwise.
+
+    The scheduler admits nobody before those who run could have one more block each.
+    """
+    pool = engine.scheduler.pool
+    if pool is None:
+        return
+    params = options.params(options.max_length, forced=True)
+    each = most_blocks(Request(0, (0,) * options.src_length, params), pool) + params.num_beams
+    if options.batch_size * each > pool.num_blocks:
+        raise ValueError(
+            f"--benchmark: --batch_size {options.batch_size} takes {options.batch_size * each} blocks of "
+            f"{pool.block_size} tokens at once, but the cache has {pool.num_blocks}; raise --kv-cache-memory, or lower "
+            "--batch_size, --src_length or --max_length"
         )
 
 

@@ -89,6 +89,8 @@ def _notes(parsed: argparse.Namespace, options: PredictConfig) -> list[str]:
     for name, fact in (("block_attn", "the cache is paged"), ("inference_model", "there is one implementation")):
         if getattr(parsed, name) is False:
             notes.append(f"--{name} False: {fact} all the same; the answers do not depend on it")
+    if options.idle:
+        notes.append(f"no effect with --decode_strategy {options.decode_strategy}: {', '.join(options.idle)}")
     if options.mode == "static":
         notes.append("--mode static: nothing is captured or compiled on any device yet; the model runs eagerly")
     return notes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from mindgen.commands.flags import by_flags
@@ -31,6 +31,8 @@ Where PaddleNLP's code differed from its tutorial, and what holds here:
                                              --block_attn
   --benchmark          forces --max_length   only without --block_attn  forces it always
 """
+FLAGS = {"max_new_tokens": "--max_length", "min_new_tokens": "--min_length"}  # of SamplingParams, by other names here
+_CHOICES = {"sampling": ("top_k", "top_p", "temperature"), "beam_search": ("num_beams", "length_penalty")}
 
 
 def _flag(default: Any, name: str, help: str, *others: str, **more: Any) -> Any:
@@ -114,8 +116,18 @@ class PredictConfig:
             raise ValueError(f"--min_length is {self.min_length}; it must be from 0 to --max_length {self.max_length}")
         if self.resume and self.overwrite:
             raise ValueError("--resume keeps what --output_file holds and --overwrite drops it; give one of them")
-        with by_flags({"max_new_tokens": "--max_length"}):
+        with by_flags(FLAGS):
+            SamplingParams(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+            SamplingParams(num_beams=self.num_beams, length_penalty=self.length_penalty)
             self.params(self.max_length)
+
+    @property
+    def idle(self) -> list[str]:
+        """Flags that say something else than their defaults and have no effect with this --decode_strategy."""
+        names = [name for strategy, few in _CHOICES.items() if strategy != self.decode_strategy for name in few]
+        return [
+            f"--{item.name}" for item in fields(self) if item.name in names and getattr(self, item.name) != item.default
+        ]
 
     @property
     def predicts(self) -> bool:

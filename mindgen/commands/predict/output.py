@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import time
 from collections.abc import Iterator
-from errno import EACCES, ENOENT
 from pathlib import Path
-from typing import Any
 
+from mindgen.commands.files import check_apart, check_writable
+from mindgen.commands.predict.journal import journal_path
 from mindgen.commands.predict.options import PredictConfig
+from mindgen.commands.predict.records import Record, append_record, read_records
 
 _SECONDS_UNSYNCED = 5.0  # the most that a loss of power may take; the end of a process takes nothing
-Version = tuple[int, int]  # size and time of the last change, which tell whether somebody has written since
+Version = tuple[int, ...]  # sizes and times of the last change, which tell whether somebody has written since
 
 
 def check_output_file(options: PredictConfig) -> None:
@@ -22,62 +22,43 @@ def check_output_file(options: PredictConfig) -> None:
 
     Nothing is created or changed.
     """
-    path = Path(options.output_file)
-    try:
-        _check_writable(path)
-    except OSError as error:
-        raise ValueError(f"--output_file {path} cannot be written: {error.strerror}") from None
-    if not path.exists():
-        return
-    if options.data_file is not None and path.samefile(options.data_file):
-        raise ValueError(f"--data_file and --output_file are both {path}; write to another file")
-    if not path.is_file() and (options.resume or options.overwrite):
+    check_writable("--output_file", options.output_file)
+    path, journal = Path(options.output_file), journal_path(options.output_file)
+    check_apart("--output_file", options.output_file, {"--data_file": options.data_file})
+    if journal is not None:
+        check_apart("the journal of --output_file", str(journal), {"--data_file": options.data_file})
+    if path.exists() and not path.is_file() and (options.resume or options.overwrite):
         raise ValueError(f"--output_file {path} is not a regular file; --resume and --overwrite need one")
+    _check_kept(path, f"--output_file {path}", options)
+    if journal is not None:
+        _check_kept(journal, f"{journal}, beside --output_file,", options)
+
+
+def _check_kept(path: Path, title: str, options: PredictConfig) -> None:
     if path.is_file() and path.stat().st_size and not (options.resume or options.overwrite):
         raise ValueError(
-            f"--output_file {path} holds something already; continue it with --resume, begin it anew with --overwrite, "
-            "or name another file"
+            f"{title} holds something already; continue it with --resume, begin it anew with --overwrite, or name "
+            "another file"
         )
 
 
-def _check_writable(path: Path) -> None:
-    if path.exists():
-        with path.open("ab"):
-            return
-    folder = path.resolve().parent
-    if not folder.is_dir():
-        raise FileNotFoundError(ENOENT, os.strerror(ENOENT))
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(EACCES, os.strerror(EACCES))
-
-
 def version_of(options: PredictConfig) -> Version:
-    """The output file's, to compare with later; a file that is not there is the same as an empty one."""
-    path = Path(options.output_file)
-    if not path.is_file() or not (found := path.stat()).st_size:
+    """The output file's and its journal's, to compare with later; one that is not there is the same as an empty one."""
+    return tuple(
+        part for path in (Path(options.output_file), journal_path(options.output_file)) for part in _state(path)
+    )
+
+
+def _state(path: Path | None) -> tuple[int, int]:
+    if path is None or not path.is_file() or not (found := path.stat()).st_size:
         return 0, 0
     return found.st_size, found.st_mtime_ns
 
 
-def finished_records(options: PredictConfig) -> Iterator[dict[str, Any]]:
+def finished_records(options: PredictConfig) -> Iterator[Record]:
     """The complete lines of a run that this one is to continue. ValueError for lines that are not ours."""
-    path = Path(options.output_file)
-    if not options.resume or not path.is_file():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.endswith(b"\n"):
-                yield _record(line, f"line {number} of --output_file {path}")
-
-
-def _record(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict) or not {"src", "tgt", "output"} <= set(value):
-        raise ValueError(f"{where} was not written by predict; name another file, or begin it anew with --overwrite")
-    return value
+    if options.resume:
+        yield from read_records(Path(options.output_file), f"--output_file {options.output_file}")
 
 
 class OutputFile:
@@ -97,18 +78,18 @@ class OutputFile:
                     f"--output_file {self._name} has changed since it was checked: another run has written to it; "
                     "nothing is added to it now, and --resume goes on behind it"
                 )
+            if options.overwrite and (journal := journal_path(self._name)) is not None:
+                journal.unlink(missing_ok=True)  # first, for it belongs to what the output holds
             if Path(self._name).is_file():
                 os.ftruncate(self._file, 0 if options.overwrite else _end_of_lines(self._file))
         except BaseException:
             os.close(self._file)
             raise
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         """Appends a line; it outlives the process from here on."""
-        left = (json.dumps(record, ensure_ascii=False) + "\n").encode()
         try:
-            while left:
-                left = left[os.write(self._file, left) :]
+            append_record(self._file, record)
             self._sync(_SECONDS_UNSYNCED)
         except OSError as error:
             raise ValueError(

@@ -55,12 +55,20 @@ class Prompter:
         if not cut:
             return BadLine(line.number, "has an empty prompt, and this model has no BOS token to start from")
         if room < 1 or room < self.options.min_length:
-            return BadLine(
-                line.number,
-                f"has {len(ids)} tokens, of which --src_length keeps {len(cut)}, and {self.total} is the limit of "
-                "prompt and answer together: no room for an answer",
-            )
+            return BadLine(line.number, self._no_room(len(ids), len(cut)))
         return Prompt(line, tuple(cut), len(ids) - len(cut), min(self.options.max_length, room))
+
+    def _no_room(self, length: int, kept: int) -> str:
+        """Why there is none for an answer to so many tokens, by the flags whose limits are reached."""
+        options = self.options
+        cut = f", of which --src_length keeps {kept}" if kept < length and kept < self.total else ""
+        total = (
+            f"--total_max_length is {self.total}"
+            if self.total == options.total_max_length
+            else (f"the model's context is {self.total}")
+        )
+        least = f" of --min_length {options.min_length}" if options.min_length else ""
+        return f"has {length} tokens{cut}, and {total}, for prompt and answer together: no room for an answer{least}"
 
     def _encode(self, line: Line) -> tuple[list[int], int]:
         """The whole prompt, and how many of its first tokens are to stay when it is cut."""

@@ -1,0 +1,25 @@
+"""Refuses requests that could never be served, before any of them is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from mindgen.commands.flags import by_flags
+from mindgen.engine.engine import Engine
+from mindgen.engine.request import Request
+
+
+def check_served(engine: Engine, requests: Iterable[tuple[str, Request]], flags: Mapping[str, str]) -> None:
+    """Asks for each request and takes it back, because the engine knows what it can ever serve.
+
+    requests: each with the words that begin a message on it. flags: what options are called on the command line.
+    Raises ValueError for the first that cannot be served.
+    """
+    for where, request in requests:
+        try:
+            with by_flags(flags):
+                engine.submit(request)
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from None
+        engine.abort(request.id)
+    engine.step()  # tells of those taken back, to nobody

@@ -1,0 +1,42 @@
+"""The lines that `predict` writes: JSON objects with `src`, `tgt` and `output`, and where one failed `error`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+_KEYS = ("src", "tgt", "output")
+
+
+def append_record(file: int, record: Record) -> None:
+    """Adds a line to an open file; it outlives the process from here on."""
+    left = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    while left:
+        left = left[os.write(file, left) :]
+
+
+def read_records(path: Path, title: str, keys: tuple[str, ...] = _KEYS) -> Iterator[Record]:
+    """The records of a file, without the half line that a crash may leave at its end; none if it is not there.
+
+    Raises ValueError, which calls the file by its `title`, for a line that is no object with these keys.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                yield _record(line, f"line {number} of {title}", keys)
+
+
+def _record(line: bytes, where: str, keys: tuple[str, ...]) -> Record:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict) or not set(keys) <= set(value):
+        raise ValueError(f"{where} was not written by predict; name another file, or begin it anew with --overwrite")
+    return value
