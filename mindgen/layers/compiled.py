@@ -46,9 +46,8 @@ class CompiledAttention:
         self, hidden: Tensor, rotation: Rotation | None, context: NativeContext, residual: Tensor | None
     ) -> Tensor:
         """What the tokens attend to, plus `residual`."""
-        if self._linear.is_whole:
-            return context.attend_half(self._layer, self._half, hidden, rotation, residual)
-        return self._linear.summed(context.attend_half(self._layer, self._half, hidden, rotation, None), residual)
+        residual = residual if self._linear.is_first else None
+        return self._linear.total(context.attend_half(self._layer, self._half, hidden, rotation, residual))
 
 
 class CompiledMLP:
@@ -70,9 +69,7 @@ class CompiledMLP:
 
     def __call__(self, hidden: Tensor, residual: Tensor | None) -> Tensor:
         """The block's outputs, plus `residual`."""
-        if self._linear.is_whole:
-            return self._half(hidden, residual)
-        return self._linear.summed(self._half(hidden, None), residual)
+        return self._linear.total(self._half(hidden, residual if self._linear.is_first else None))
 
 
 def _normed(norm: Norm) -> Normed | None:
@@ -84,5 +81,5 @@ def _column(linear: ColumnParallelLinear) -> Product | None:
 
 
 def _row(linear: RowParallelLinear) -> Product | None:
-    """Without the bias where ranks' parts are summed: that comes once."""
-    return None if linear.panels is None else Product(linear.panels, linear.bias if linear.is_whole else None)
+    """With the bias on one rank: it comes once."""
+    return None if linear.panels is None else Product(linear.panels, linear.bias if linear.is_first else None)

@@ -98,20 +98,21 @@ class RowParallelLinear(PackedWeight):
         return sums[0]
 
     def forward(self, inputs: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self._tp.size == 1 and not self.parts:
-            return self.multiply(inputs, self.bias, residual)
-        return self.summed(self.sum_here(inputs), residual)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether this rank has all inputs."""
-        return self._tp.size == 1
-
-    def summed(self, part: Tensor, residual: Tensor | None) -> Tensor:
-        """The outputs, of which `part` is what this rank adds to the sum, without the bias."""
-        outputs = self._tp.all_reduce(part)
+        if not self.parts:
+            bias, residual = (self.bias, residual) if self.is_first else (None, None)
+            return self.total(self.multiply(inputs, bias, residual))
+        outputs = self.total(self.sum_here(inputs))
         outputs = outputs if self.bias is None else outputs + self.bias
         return outputs if residual is None else outputs.add_(residual)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank's part of the sum has the bias and the residual in it: it is one rounding less."""
+        return self._tp.rank == 0
+
+    def total(self, part: Tensor) -> Tensor:
+        """The sum of all ranks' parts."""
+        return self._tp.all_reduce(part)
 
 
 class VocabParallelEmbedding(nn.Module):

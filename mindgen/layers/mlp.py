@@ -19,6 +19,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+_IN_CACHE = 1 << 16  # float64 numbers of which a few arrays stay in a second-level cache
+
+
 class MLP(nn.Module):
     """[T, hidden] -> [T, hidden]: fc2(act(gate(x)) * up(x)), or fc2(act(fc1(x))) without a gate.
 
@@ -68,6 +71,10 @@ def activated(inputs: Tensor, activation: str) -> Tensor:
     On a CPU the last elements of a row are computed apart from the others and rounded differently, and which these are
     depends on the layout. So float32 is computed in float64 there, and rounded once.
     """
-    if inputs.dtype == torch.float32 and inputs.device.type == "cpu":
-        return ACTIVATIONS[activation](inputs.double()).float()
-    return ACTIVATIONS[activation](inputs)
+    if inputs.dtype != torch.float32 or inputs.device.type != "cpu":
+        return ACTIVATIONS[activation](inputs)
+    outputs = torch.empty(inputs.shape)
+    rows = max(1, _IN_CACHE // inputs.shape[-1])
+    for some, result in zip(inputs.split(rows), outputs.split(rows), strict=True):
+        result.copy_(ACTIVATIONS[activation](some.double()))
+    return outputs

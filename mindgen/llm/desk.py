@@ -25,15 +25,21 @@ class Desk:
         self._failure: Exception | None = None
 
     def open(self, count: int, deliver: Deliver) -> range:
-        """The numbers of `count` new requests, whose outputs `deliver` will get. Raises the reason if all is over."""
+        """The numbers of `count` new requests, whose outputs `deliver` will get.
+
+        Raises the reason if all is over, but for a rank that asks so late that it has been answered before.
+        """
         with self._lock:
-            self.check()
             numbers = range(self._next, self._next + count)
+            early = [news for number in numbers for news in self._early.pop(number, ())]
+            if not early:
+                self.check()
             self._next = numbers.stop
             self._waiting |= dict.fromkeys(numbers, deliver)
-            for number in numbers:
-                for news in self._early.pop(number, ()):
-                    deliver(news)
+            for news in early:
+                deliver(news)
+            if self._failure is not None:
+                self.refuse(numbers, self._failure)
             return numbers
 
     def check(self) -> None:

@@ -53,6 +53,18 @@ def test_the_end_reaches_all_who_wait_and_all_who_come_later() -> None:
         desk.open(1, deliver)
 
 
+def test_who_asks_after_the_end_still_gets_what_came_before_it() -> None:
+    desk, (received, deliver) = Desk(), mailbox()
+    answer, end = [Output(1, 0, (5,))], RuntimeError("closed")
+    desk.post(answer)
+    desk.fail(end)
+    assert list(desk.open(2, deliver)) == [0, 1]
+    assert received == [answer, end]
+    with pytest.raises(RuntimeError, match="closed"):
+        desk.open(1, deliver)
+    assert len(received) == 2
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [
