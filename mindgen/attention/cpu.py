@@ -10,7 +10,9 @@ D head_dim, W blocks a sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,8 @@ from mindgen.attention.scores import Scores, attend
 
 _ROWS = 32  # queries at a time: their scores stay in the cache, and little is computed that the mask throws away
 _MANY = 4  # from so many sequences on, separate products are faster than SDPA (8 of 160 tokens: by a quarter)
+
+_Way = Callable[[Tensor, Tensor, Tensor, Scores, "Tensor | None"], Tensor]
 
 if TYPE_CHECKING:
     from mindgen.engine.batch import Batch
@@ -77,15 +81,17 @@ class CpuContext:
     def _decode(self, layer: int, decodes: _Decodes, query: Tensor) -> Tensor:
         """[S, H, D] -> [S, H, D]: one product a KV head serves all its query heads."""
         assert self._cache is not None
-        keys = _exact(decodes.blocks.of(self._cache.keys[layer])[:, :, : decodes.longest])  # [G, S, L, D]
-        values = _exact(decodes.blocks.of(self._cache.values[layer])[:, :, : decodes.longest])
-        grouped = _exact(query).unflatten(1, (len(keys), -1)).transpose(0, 1)  # [G, S, Q, D]
+        keys = decodes.blocks.of(self._cache.keys[layer])[:, :, : decodes.longest]  # [G, S, L, D]
+        values = decodes.blocks.of(self._cache.values[layer])[:, :, : decodes.longest]
+        grouped = query.unflatten(1, (len(keys), -1)).transpose(0, 1)  # [G, S, Q, D]
         window, scores = self._scores.windows[layer], self._scores
         if window not in self._biases:
             self._biases[window] = _decode_bias(decodes, scores, window, len(keys))
         way = _fused if len(query) < _MANY and scores.softcap is None else _in_products
+        if query.dtype == torch.float32:
+            way = partial(_head_by_head, way)
         attended = way(grouped, keys, values, scores, self._biases[window])
-        return attended.transpose(0, 1).reshape(query.shape).to(query.dtype)
+        return attended.transpose(0, 1).reshape(query.shape)
 
     def _prompt(self, layer: int, prompt: _Prompt, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[N, H, D] of one sequence, attending to what is cached before it and to itself."""
@@ -95,6 +101,18 @@ class CpuContext:
             values = prompt.blocks.of(self._cache.values[layer])[:, 0, : prompt.length]
         grouped = _exact(query).view(prompt.count, len(keys), -1, query.shape[2])  # [N, G, Q, D]
         return _causal(grouped, _exact(keys), _exact(values), self._scores, self._scores.windows[layer]).flatten(1, 2)
+
+
+def _head_by_head(
+    way: _Way, query: Tensor, keys: Tensor, values: Tensor, scores: Scores, bias: Tensor | None
+) -> Tensor:
+    """One of the ways below in float64, of which no more than one KV head's context is in memory."""
+    output = torch.empty(query.shape)
+    for head, result in enumerate(output.split(1)):
+        own = slice(head, head + 1)
+        added = bias if bias is None or bias.dim() == 3 else bias[own]
+        result.copy_(way(_exact(query[own]), _exact(keys[own]), _exact(values[own]), scores, added))
+    return output
 
 
 def _fused(query: Tensor, keys: Tensor, values: Tensor, scores: Scores, bias: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from mindgen.kernels.library import kernel
 from mindgen.kernels.linear import sizes
 from mindgen.kernels.structures import Context, FeedForward, SelfAttention, filled
 
-_MOST_TOKENS = 576  # that an MLP takes at a time, as products do; more room would be new memory in every call
+_MOST_TOKENS = 576  # that an MLP takes at a time, as products do
 
 
 class Normed(NamedTuple):
@@ -49,17 +49,16 @@ class AttentionHalf:
         self, norm: Normed, qkv: Product, head_norms: tuple[Tensor, Tensor] | None, proj: Product, groups: int
     ):
         query_norm, key_norm = head_norms or (None, None)
-        self._tensors = {
-            "norm": norm.weight, "qkv": qkv.panels, "qkv_bias": qkv.bias, "query_norm": query_norm,
-            "key_norm": key_norm, "proj": proj.panels, "proj_bias": proj.bias, "epsilon": norm.epsilon,
-        }  # fmt: skip
+        self._tensors = _kept(
+            norm=norm.weight, qkv=qkv.panels, qkv_bias=qkv.bias, query_norm=query_norm, key_norm=key_norm,
+            proj=proj.panels, proj_bias=proj.bias, epsilon=norm.epsilon,
+        )  # fmt: skip
         (heads, hidden), (outputs, queries) = qkv.sizes, proj.sizes
         assert hidden == outputs and (heads - queries) % (2 * groups) == 0, "products that do not follow each other"
         head_dim = (heads - queries) // (2 * groups)
         shared = queries // (groups * head_dim)
         numbers = {"hidden_size": hidden, "groups": groups, "shared": shared, "head_dim": head_dim}
         self._weights = filled(SelfAttention, self._tensors, has_offset=norm.has_offset, **numbers)
-        self._room = max(hidden, queries) + heads + (0 if head_norms is None else heads - groups * head_dim)
         self._size = hidden
         self._kernel = kernel("self_attention")
 
@@ -75,14 +74,12 @@ class AttentionHalf:
         """hidden [T, H] -> [T, H], plus `residual`. turns: cosine and sine [T, 1, R], and whether partners are
         neighbours; cache: keys and values of the layer, as `context` says; window: 0 for none."""
         tokens, outputs = hidden.shape[0], _outputs(hidden, residual, self._size)
-        room = hidden.new_empty(tokens * self._room)
         cosine, sine, turned, interleaved = (None, None, 0, False) if turns is None else _turned(*turns, tokens)
         keys, values = cache
         # fmt: off
         self._kernel(
             addressof(self._weights), addressof(context), hidden.data_ptr(), tokens, cosine, sine, turned,
-            interleaved, keys.data_ptr(), values.data_ptr(), window, _address(residual), room.data_ptr(),
-            outputs.data_ptr(),
+            interleaved, keys.data_ptr(), values.data_ptr(), window, _address(residual), outputs.data_ptr(),
         )
         # fmt: on
         return outputs
@@ -92,15 +89,14 @@ class FeedForwardHalf:
     """Norm, gate and up [2 F, H], the activation (of elementwise.GATES), down [H, F]. Keeps its tensors."""
 
     def __init__(self, norm: Normed, up: Product, activation: str, down: Product):
-        self._tensors = {
-            "norm": norm.weight, "up": up.panels, "up_bias": up.bias, "down": down.panels, "down_bias": down.bias,
-            "epsilon": norm.epsilon,
-        }  # fmt: skip
+        self._tensors = _kept(
+            norm=norm.weight, up=up.panels, up_bias=up.bias, down=down.panels, down_bias=down.bias,
+            epsilon=norm.epsilon,
+        )  # fmt: skip
         (gates, hidden), (outputs, inner) = up.sizes, down.sizes
         assert hidden == outputs and gates == 2 * inner, "products that do not follow each other"
         numbers = {"hidden_size": hidden, "inner_size": inner, "is_silu": activation == "silu"}
         self._weights = filled(FeedForward, self._tensors, has_offset=norm.has_offset, **numbers)
-        self._room = max(hidden, inner) + 2 * inner
         self._size = hidden
         self._kernel = kernel("feed_forward")
 
@@ -108,14 +104,18 @@ class FeedForwardHalf:
         """hidden [T, H] -> [T, H], plus `residual`."""
         tokens, outputs = hidden.shape[0], _outputs(hidden, residual, self._size)
         most = -(-tokens // max(1, -(-tokens // _MOST_TOKENS)))
-        room = hidden.new_empty(most * self._room)
         # fmt: off
         self._kernel(
-            addressof(self._weights), hidden.data_ptr(), tokens, _address(residual), room.data_ptr(), most,
-            outputs.data_ptr(), torch.get_num_threads(),
+            addressof(self._weights), hidden.data_ptr(), tokens, _address(residual), most, outputs.data_ptr(),
+            torch.get_num_threads(),
         )
         # fmt: on
         return outputs
+
+
+def _kept(**tensors: Tensor | None) -> dict[str, Tensor | None]:
+    """Tensors whose memory stays, also when a parameter is given other data."""
+    return {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
 
 
 def _outputs(hidden: Tensor, residual: Tensor | None, size: int) -> Tensor:

@@ -27,16 +27,16 @@ _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 # (structures.py), or None, `i` a whole number, `f` a float32.
 FUNCTIONS = {
     "attend": "piiipiipiipppiip",
-    "feed_forward": "ppippipi",
+    "feed_forward": "ppipipi",
     "gated_gelu_tanh": "ppiiii",
     "gated_silu": "ppiiii",
     "linear": "piipipppi",
     "pack": "piipi",
     "rms_norm": "pppiiiiipii",
     "rotate": "pppiiiiiiiii",
+    "self_attention": "pppippiippipp",
     "stored": "piip",
     "unpack": "piip",
-    "self_attention": "pppippiippippp",
 }
 TAKE_MEMORY = {"attend", "feed_forward", "linear", "self_attention"}  # those that return whether there was enough
 

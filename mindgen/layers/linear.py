@@ -76,7 +76,8 @@ class RowParallelLinear(PackedWeight):
         self.bias = empty_parameter(bias, sizes, dtype, device) if bias else None
         self.parts: list[Tensor] = []
         self._tp = tp
-        in_parts = dtype == torch.float32 and device.type == "cpu" and self.weight.shape[1] * tp.size % _PARTS == 0
+        self._is_exact = dtype == torch.float32 and device.type == "cpu"
+        in_parts = self._is_exact and self.weight.shape[1] * tp.size % _PARTS == 0
         self._num_parts = _PARTS // tp.size if in_parts else 1
 
     def take_weight(self, weight: Tensor) -> None:
@@ -98,12 +99,12 @@ class RowParallelLinear(PackedWeight):
         return sums[0]
 
     def forward(self, inputs: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not self.parts:
+        if not self._is_exact:
             bias, residual = (self.bias, residual) if self.is_first else (None, None)
             return self.total(self.multiply(inputs, bias, residual))
         outputs = self.total(self.sum_here(inputs))
         outputs = outputs if self.bias is None else outputs + self.bias
-        return outputs if residual is None else outputs.add_(residual)
+        return outputs if residual is None else outputs + residual
 
     @property
     def is_first(self) -> bool:

@@ -31,7 +31,7 @@ def scattered(weight: Tensor, every: int, *values: float) -> Tensor:
 
 def with_strays(outputs: int, inputs: int) -> Tensor:
     """Numbers far from the others, in both directions, in every place of a pair."""
-    return scattered(usual(outputs, inputs), 131, 3e38, -0.0, 1e-30, -700.0, 0.0, float("inf"), -1e-39, float("nan"))
+    return scattered(usual(outputs, inputs), 521, 3e38, -0.0, 1e-30, -700.0, 0.0, float("inf"), -1e-39, float("nan"))
 
 
 def with_plain_panels(outputs: int, inputs: int) -> Tensor:

@@ -63,22 +63,32 @@ std::pair<Heads, Heads> normed(const SelfAttention& half, const bf16* qkv, bf16*
   return {{to, queries}, {keys, size}};
 }
 
+// What the calling thread works in, kept from call to call: so much memory would be new to the process in every one.
+// Null where memory ends.
+bf16* room_for(Int numbers) {
+  static thread_local Kept<bf16> room;
+  bf16* found = nullptr;
+  status_of([&] { found = room.at_least(std::max<Int>(1, numbers)); });
+  return found;
+}
+
 }  // namespace
 }  // namespace mindgen
 
 using namespace mindgen;
 
 // hidden [T, hidden_size] -> outputs, plus residual: norm, queries, keys and values, their norms and rotation, the new
-// ones stored in keys and values [blocks, block_size, G, D], attention, projection. cosine and sine [T, turned] or null;
-// room for T * (max(hidden_size, G Q D) + G W D) numbers, and for T * G (Q + 1) D more with norms of queries and keys.
+// ones stored in keys and values [blocks, block_size, G, D], attention, projection. cosine and sine [T, turned] or null.
 MINDGEN_EXPORT std::int64_t mindgen_self_attention(const SelfAttention* self, const attention::Context* context,
                                                    const bf16* hidden, Int tokens, const bf16* cosine, const bf16* sine,
                                                    Int turned, Int is_interleaved, bf16* keys, bf16* values,
-                                                   Int window, const bf16* residual, bf16* room,
-                                                   bf16* outputs) {
+                                                   Int window, const bf16* residual, bf16* outputs) {
   const SelfAttention& half = *self;
   const Int threads = context->threads, size = half.head_dim, token = half.groups * half.group();
-  bf16* const qkv = room + tokens * std::max(half.hidden_size, half.queries());
+  const Int wide = std::max(half.hidden_size, half.queries());
+  bf16* const room = room_for(tokens * (wide + 2 * token));  // the last part for norms of queries and keys
+  if (!room) return NO_MEMORY;
+  bf16* const qkv = room + tokens * wide;
   mindgen_rms_norm(hidden, half.norm, room, tokens, 1, half.hidden_size, half.hidden_size, 0, half.epsilon,
                    half.has_offset, threads);
   if (mindgen_linear(room, tokens, half.hidden_size, half.qkv, token, half.qkv_bias, nullptr, qkv, threads) != DONE)
@@ -97,14 +107,14 @@ MINDGEN_EXPORT std::int64_t mindgen_self_attention(const SelfAttention* self, co
                         threads);
 }
 
-// hidden [T, hidden_size] -> outputs, plus residual: norm, gate and up, activation, down. `most` tokens at a time, for
-// which there is room: most * (max(hidden_size, inner_size) + 2 inner_size) numbers.
+// hidden [T, hidden_size] -> outputs, plus residual: norm, gate and up, activation, down. `most` tokens at a time.
 MINDGEN_EXPORT std::int64_t mindgen_feed_forward(const FeedForward* self, const bf16* hidden, Int tokens,
-                                                 const bf16* residual, bf16* room, Int most, bf16* outputs,
-                                                 Int threads) {
+                                                 const bf16* residual, Int most, bf16* outputs, Int threads) {
   const FeedForward& half = *self;
   const Int size = half.hidden_size, inner = half.inner_size;
   const auto gate = half.is_silu ? mindgen_gated_silu : mindgen_gated_gelu_tanh;
+  bf16* const room = room_for(most * (std::max(size, inner) + 2 * inner));
+  if (!room) return NO_MEMORY;
   bf16* const gates = room + most * std::max(size, inner);
   for (Int at = 0; at < tokens; at += most) {
     const Int count = std::min(most, tokens - at);

@@ -138,7 +138,7 @@ class Panel {
   }
 
  private:
-  static constexpr std::int64_t RARE = 64;  // of so many numbers of a compact panel, one may be a stray
+  static constexpr std::int64_t RARE = 256;  // of so many numbers of a compact panel, one may be a stray
 
   struct Heading {
     Byte uppers[16];  // by their codes: the lower 3 bits count down from the largest size, the highest is the sign
