@@ -74,6 +74,7 @@ class NativeContext:
         self, layer: int, half: AttentionHalf, hidden: Tensor, rotation: Rotation | None, residual: Tensor | None
     ) -> Tensor:
         """`attend` with all that stands before and behind it: hidden states [T, H] -> [T, H], plus `residual`."""
+        assert (len(hidden), *half.heads) == self._sizes
         turns = None if rotation is None else (rotation.cosine, rotation.sine, rotation.interleaved)
         memory = self._cache.keys[layer], self._cache.values[layer]
         return half(hidden, residual, turns, self._same, memory, self._windows[layer] or 0)

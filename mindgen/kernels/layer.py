@@ -42,7 +42,7 @@ class Product(NamedTuple):
 class AttentionHalf:
     """Norm, qkv [G (Q + 2) D, H], norms of queries and keys, rotation, attention, proj [H, G Q D].
 
-    Keeps its tensors.
+    Keeps its tensors. heads: G and D.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class AttentionHalf:
         assert hidden == outputs and (heads - queries) % (2 * groups) == 0, "products that do not follow each other"
         head_dim = (heads - queries) // (2 * groups)
         shared = queries // (groups * head_dim)
+        self.heads = groups, head_dim
         numbers = {"hidden_size": hidden, "groups": groups, "shared": shared, "head_dim": head_dim}
         self._weights = filled(SelfAttention, self._tensors, has_offset=norm.has_offset, **numbers)
         self._size = hidden

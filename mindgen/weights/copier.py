@@ -25,6 +25,7 @@ from mindgen.weights.pace import Pace
 NUM_THREADS = 8  # requests that are under way at once
 PIECE = 4 << 20  # bytes of a request, and of the memory that each thread reads into
 _BLOCK = 4096  # what devices want offsets, lengths and memory to be multiples of
+_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class Copier:
@@ -102,19 +103,20 @@ class _Reader:
         self._file: int | None = None
 
     def read(self, stretch: Stretch) -> Tensor | None:
-        """Memory that holds a stretch until the next call; None if the file system cannot do it."""
-        self._open(stretch)
+        """Memory that holds a stretch until the next call; None if its file is another one now, or cannot be opened or
+        read so."""
         first = stretch.offset // _BLOCK * _BLOCK
         end = stretch.offset + stretch.length
         try:
+            self._open(stretch)
             done = self._fill(stretch, first, -(-(end - first) // _BLOCK) * _BLOCK)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise ValueError(f"{stretch.path} cannot be read: {error.strerror}") from None
             self.close()
-        if self._file is None:
             if self._past_cache:
                 self._pace.give_up()
+        if self._file is None:
             return None
         if first + done < end:
             raise ValueError(f"{stretch.path} ends at byte {first + done}, before its weights; it became shorter")
@@ -154,10 +156,13 @@ def _read_ahead(stretch: Stretch) -> None:
 
 
 def _open(stretch: Stretch, past_cache: bool) -> int | None:
+    """None if what is mapped cannot be opened; OSError with EINVAL if the file system reads through its cache only."""
     try:
-        file = os.open(stretch.path, os.O_RDONLY | (os.O_DIRECT if past_cache else 0))
-    except (AttributeError, OSError):  # no such flag in this system or file system
-        return None
+        file = os.open(stretch.path, os.O_RDONLY | (_DIRECT if past_cache else 0))
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise
+        return None  # it was deleted, or so many files are open that no more may be
     if os.fstat(file).st_ino == stretch.inode:
         return file
     os.close(file)  # another file has taken the place of the one that is mapped

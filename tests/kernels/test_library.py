@@ -158,6 +158,8 @@ def test_the_fields_of_every_structure_are_those_of_its_source(kind: type[Struct
     sources = "".join(path.read_text() for path in sorted((ROOT / "mindgen/kernels/cpu").glob("*")))
     (body,) = re.findall(rf"^struct {kind.__name__} {{$(.*?)^}};", sources, re.MULTILINE | re.DOTALL)
     fields = re.findall(r"^  (const \w+\*|Int|float) (\w+);$", body, re.MULTILINE)
+    declarations = [line for line in body.splitlines() if line.strip() and "(" not in line]
+    assert len(fields) == len(declarations), f"not understood among {declarations}"
     letters = {c_void_p: "const", c_int64: "Int", c_float: "float"}
     assert [(name, letters[kind]) for name, kind in kind._fields_] == [(name, c.split()[0]) for c, name in fields]
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mindgen.attention.backend import choose_backend
 from mindgen.attention.native import NativeContext
+from mindgen.attention.scores import Scores
 from mindgen.engine.kv_cache import KVCache
+from mindgen.kernels.linear import sizes
 from mindgen.layers.compiled import CompiledAttention, CompiledMLP
-from mindgen.layers.rope import RotaryEmbedding
+from mindgen.layers.linear import ColumnParallelLinear, RowParallelLinear
+from mindgen.layers.mlp import MLP
 from mindgen.model.build import build_stage
 from mindgen.model.decoder import Decoder, DecoderLayer
 from mindgen.parallel.group import SingleGroup
@@ -27,8 +31,8 @@ pytestmark = needs_kernels
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 MIXES: dict[str, Mix] = {"decode": [(1, 9)], "mixed": [(1, 30), (7, 7), (5, 20), (1, 2)]}
 # What is special: norms of queries and keys; biases and yarn; offsets, sandwich norms, caps and windows; heads that are
-# turned in part; neighbours that are turned.
-WHOLE = ("llama31", "qwen3", "qwen2", "gemma2", "phi3", "glm4")
+# turned in part; neighbours that are turned; slopes and no rotation; frequencies for long sequences.
+WHOLE = ("llama31", "qwen3", "qwen2", "gemma2", "phi3", "glm4", "baichuan_13b", "phi35")
 
 
 class Halves(SingleGroup):
@@ -36,13 +40,33 @@ class Halves(SingleGroup):
 
     size = 2
 
+    def __init__(self, rank: int = 0):
+        self.rank = rank
+
     def all_reduce(self, tensor: Tensor, timeout: float | None = None) -> Tensor:
         return tensor * 2
 
 
-def loaded(folder: Path, num_ranks: int = 1) -> Decoder:
+class Watched(NativeContext):
+    """Notes the layers that attend, as half a layer or otherwise."""
+
+    def __init__(self, batch: Any, cache: KVCache, scores: Scores):
+        super().__init__(batch, cache, scores)
+        self.halves: list[int] = []
+        self.others: list[int] = []
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self.others.append(layer)
+        return super().attend(layer, query, key, value)
+
+    def attend_half(self, layer: int, *rest: Any) -> Tensor:
+        self.halves.append(layer)
+        return super().attend_half(layer, *rest)
+
+
+def loaded(folder: Path, num_ranks: int = 1, rank: int = 0) -> Decoder:
     source = open_huggingface(folder)
-    topology, group = (SINGLE, SingleGroup()) if num_ranks == 1 else (Topology(0, num_ranks, 1), Halves())
+    topology, group = (SINGLE, SingleGroup()) if num_ranks == 1 else (Topology(rank, num_ranks, 1), Halves(rank))
     model = build_stage(source.spec, topology, group, BF16, CPU)
     load_weights(model, source, topology)
     return model
@@ -54,21 +78,33 @@ class Step:
     def __init__(self, model: Decoder, mix: Mix):
         self.batch = make_batch(mix, Shape(block=8, blocks=12))
         tokens = len(self.batch.positions)
-        self.model, generator = model, torch.Generator().manual_seed(tokens)
-        self.hidden, self.residual = (torch.randn(tokens, 64, generator=generator).to(BF16) for _ in range(2))
-        self.rotation = RotaryEmbedding(model._spec, BF16, CPU)(self.batch.positions, self.batch.is_long)
+        self.model, generator, size = model, torch.Generator().manual_seed(tokens), model.hidden_size
+        self.hidden, self.residual = (torch.randn(tokens, size, generator=generator).to(BF16) for _ in range(2))
+        self.rotation = None
+        if model._rope is not None:
+            if len(model._rope.frequencies) > 1:
+                self.batch.is_long = self.batch.positions.remainder(2)
+            self.rotation = model._rope(self.batch.positions, self.batch.is_long)
         shape = (model.num_layers, 12, 8, model.num_kv_heads, model.head_dim)
         self.memory = torch.randn(2, *shape, generator=generator).to(BF16)
 
-    def context(self) -> tuple[NativeContext, KVCache]:
+    def context(self) -> tuple[Watched, KVCache]:
         """A context over a cache of its own."""
         cache = KVCache(*self.memory.shape[1:], BF16, CPU)
         for layer, (keys, values) in enumerate(zip(*self.memory, strict=True)):
             cache.keys[layer].copy_(keys)
             cache.values[layer].copy_(values)
-        context = choose_backend("native", self.model.scores, CPU, BF16).prepare(self.batch, cache)
-        assert isinstance(context, NativeContext)
-        return context, cache
+        backend = choose_backend("native", self.model.scores, CPU, BF16)
+        assert isinstance(backend.prepare(self.batch, cache), NativeContext)
+        return Watched(self.batch, cache, backend.scores), cache
+
+    def outputs(self, layer: DecoderLayer) -> tuple[Tensor, Tensor]:
+        """What the halves of a layer give as it is now."""
+        attention = CompiledAttention.of(layer.input_layernorm, layer.self_attention)
+        feed_forward = CompiledMLP.of(layer.pre_mlp_layernorm, layer.mlp)
+        assert attention is not None and feed_forward is not None
+        attended = attention(self.hidden, self.rotation, self.context()[0], self.residual)
+        return attended, feed_forward(self.hidden, self.residual)
 
     def check(self, layer: DecoderLayer, residual: Tensor | None) -> None:
         """Both halves of a layer."""
@@ -96,6 +132,58 @@ def test_a_layer_gives_the_bits_of_its_modules(name: str, mix: str, checkpoint: 
     for layer in model._layers[:2]:
         step.check(layer, step.residual)
         step.check(layer, None)
+
+
+@pytest.mark.parametrize("name", [*WHOLE, "mixtral", "gpt2"])
+def test_a_layer_computes_by_halves_all_that_the_kernels_can(name: str, checkpoint: Callable[[str], Path]) -> None:
+    model = loaded(checkpoint(name))
+    step = Step(model, MIXES["mixed"])
+    for number, layer in enumerate(model._layers):
+        (context, cache), (plain, plain_cache) = step.context(), step.context()
+        outputs = layer(step.hidden, step.rotation, context)
+        kinds = [half is not None for half in layer._compiled]
+        assert kinds == [name != "gpt2", name not in ("gpt2", "mixtral")]
+        assert (context.halves, context.others) == (([], [number]) if name == "gpt2" else ([number], []))
+        layer._compiled = (None, None)
+        assert torch.equal(outputs, layer(step.hidden, step.rotation, plain))
+        assert torch.equal(cache.keys[number], plain_cache.keys[number])
+        assert (plain.halves, plain.others) == ([], [number])
+
+
+@pytest.mark.parametrize(("num_ranks", "rank"), [(1, 0), (2, 0), (2, 1)])
+def test_biases_are_added_once(num_ranks: int, rank: int, checkpoint: Callable[[str], Path]) -> None:
+    layer = (model := loaded(checkpoint("llama31"), num_ranks, rank))._layers[0]
+    step = Step(model, MIXES["mixed"])
+    without = step.outputs(layer)
+    attention, mlp = layer.self_attention, layer.mlp
+    assert isinstance(mlp, MLP)
+    put_bias(attention.linear_proj)
+    put_bias(mlp.linear_fc2)
+    added = [not torch.equal(*outputs) for outputs in zip(without, step.outputs(layer), strict=True)]
+    assert added == [rank == 0] * 2, "a sum over ranks has the bias of the first"
+    put_bias(attention.linear_qkv)
+    put_bias(mlp.linear_fc1)
+    assert not any(torch.equal(*outputs) for outputs in zip(without, step.outputs(layer), strict=True))
+    step.check(layer, step.residual)
+
+
+def put_bias(linear: ColumnParallelLinear | RowParallelLinear) -> None:
+    assert linear.panels is not None
+    size, _ = sizes(linear.panels)
+    values = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(BF16)
+    linear.bias = nn.Parameter(values, requires_grad=False)
+
+
+def test_a_context_of_other_sizes_is_refused(checkpoint: Callable[[str], Path]) -> None:
+    layer = (model := loaded(checkpoint("llama31")))._layers[0]
+    attention, step = CompiledAttention.of(layer.input_layernorm, layer.self_attention), Step(model, MIXES["mixed"])
+    assert attention is not None
+    with pytest.raises(AssertionError):
+        attention(step.hidden[1:], None, step.context()[0], None)
+    for groups, head_dim in ((1, 16), (2, 32)):
+        step.memory = torch.zeros(2, model.num_layers, 12, 8, groups, head_dim).to(BF16)
+        with pytest.raises(AssertionError):
+            attention(step.hidden, None, step.context()[0], None)
 
 
 @pytest.mark.parametrize("name", ["llama31", "qwen3"])

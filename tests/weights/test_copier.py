@@ -171,6 +171,29 @@ def test_a_file_system_without_reads_past_the_cache_is_read_through_it(
     assert torch.equal(target, numbers)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is mapped")
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EMFILE, errno.ENOENT, errno.EACCES], ids=errno.errorcode.get)
+def test_only_a_file_system_that_cannot_do_it_ends_reads_past_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    path, open_file, direct = tmp_path / "numbers", os.open, 1 << 30
+    numbers = write_numbers(path)
+    source, target, pace = mapped(path), torch.empty_like(numbers), Pace(0)
+
+    def open_or_fail(name: Any, flags: int) -> int:
+        if flags & direct:
+            raise OSError(code, "no")
+        return open_file(name, flags)
+
+    monkeypatch.setattr(copier_module, "_DIRECT", direct)
+    monkeypatch.setattr(copier_module, "is_cached", lambda _: False)
+    monkeypatch.setattr(os, "open", open_or_fail)
+    with Copier((path,), pace) as copier:
+        copier.copy([source], [target])
+    assert pace.past_cache is (code != errno.EINVAL)
+    assert torch.equal(target, numbers)
+
+
 def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:
     if not reads_past_the_cache(tmp_path):
         pytest.skip("this file system reads through its cache only, where such a file ends the process")
@@ -187,17 +210,21 @@ def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("weights")]
 
 
-def test_a_file_that_took_the_place_of_the_mapped_one_is_not_read(tmp_path: Path) -> None:
+def test_a_file_that_took_the_place_of_the_mapped_one_is_not_read_and_others_are_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, other = tmp_path / "numbers", tmp_path / "other"
-    numbers = write_numbers(path)
-    drop_from_cache(path)
+    numbers, pace = write_numbers(path), Pace(0)
     source = mapped(path)
     write_numbers(other)
     target = torch.empty_like(numbers)
-    with Copier((path,), Pace(0)) as copier:
+    monkeypatch.setattr(copier_module, "_DIRECT", 0)  # a file system may not know it
+    monkeypatch.setattr(copier_module, "is_cached", lambda _: False)
+    with Copier((path,), pace) as copier:
+        copier.copy([source[:1000]], [target[:1000]])
         os.replace(other, path)
-        copier.copy([source], [target])
-    assert torch.equal(target, numbers)
+        copier.copy([source[1000:]], [target[1000:]])  # by other threads, which open the other file
+    assert torch.equal(target, numbers) and pace.past_cache
 
 
 @pytest.mark.parametrize("cold", [True, False], ids=["cold", "cached"])
