@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mindgen.commands.flags import by_flags
+from mindgen.commands.fitting import submit
 from mindgen.commands.job import Job, room
 from mindgen.commands.tasks import Task, sampling_flags
 from mindgen.engine.engine import Engine
@@ -52,8 +52,7 @@ def _turn(job: Job, task: Task, engine: Engine, conversation: Conversation, line
     conversation.add_user(line)
     try:
         request = _request(job, task, conversation, line, number)
-        with by_flags(sampling_flags(job.options)):
-            engine.submit(request)
+        submit(engine, "the conversation", request, sampling_flags(job.options))
     except ValueError as error:
         conversation.withdraw()
         print(f"mindgen: {error}", file=sys.stderr)

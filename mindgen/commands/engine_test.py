@@ -133,19 +133,19 @@ def _requests(name: str, options: EngineTestConfig, sampling: MindieSampling, mo
 
 def _writable(path: Path, dataset: Path) -> Path:
     """Where the file is to be, behind all links. Refuses one that could not be put there, and the one that is read."""
-    if path.resolve() == dataset.resolve():
+    target = Path(os.path.realpath(path))  # which takes links that lead to themselves
+    if target == Path(os.path.realpath(dataset)):
         raise ValueError(f"--record_output {path} is the file of the requests; name another one")
-    if path.exists() and not path.is_file():
+    if target.is_symlink() or (path.exists() and not path.is_file()):
         raise ValueError(f"--record_output {path} is not a regular file, and would be replaced; name another one")
-    folder = path.resolve().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
         raise ValueError(f"--record_output {path} cannot be written; name a file in a folder that is there")
-    return path.resolve()
+    return target
 
 
 def _serve(job: EngineTestJob, engine: Engine) -> int:
     """Rank 0's part; 1 if an answer failed."""
-    asked = ((f"line {number}: ", request) for number, request in enumerate(job.requests, 1))
+    asked = ((f"line {number}", request) for number, request in enumerate(job.requests, 1))
     check_served(engine, asked, FLAGS | {"max_new_tokens": "--max_new_tokens"})
     _warm_up(job, engine)
     tokens: list[list[int]] = [[] for _ in job.requests]
@@ -155,7 +155,7 @@ def _serve(job: EngineTestJob, engine: Engine) -> int:
         if output.index == 0:
             tokens[output.request_id] += output.token_ids
         if output.finish_reason == "error":
-            failures.append(f"mindgen: request {output.request_id}: {output.message}")
+            failures.append(f"mindgen: line {output.request_id + 1}: {output.message}")
 
     arrivals = [(0.0, request) for request in job.requests]
     try:

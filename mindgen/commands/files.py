@@ -40,4 +40,5 @@ def _try_folder(folder: Path) -> None:
 
 
 def _same(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
+    targets = [os.path.realpath(path) for path in (one, other)]  # which takes links that lead to themselves
+    return targets[0] == targets[1] or (one.exists() and other.exists() and one.samefile(other))

@@ -12,14 +12,19 @@ from mindgen.engine.request import Request
 def check_served(engine: Engine, requests: Iterable[tuple[str, Request]], flags: Mapping[str, str]) -> None:
     """Asks for each request and takes it back, because the engine knows what it can ever serve.
 
-    requests: each with the words that begin a message on it. flags: what options are called on the command line.
+    requests: each with what it is called. flags: what options are called on the command line.
     Raises ValueError for the first that cannot be served.
     """
-    for where, request in requests:
-        try:
-            with by_flags(flags):
-                engine.submit(request)
-        except ValueError as error:
-            raise ValueError(f"{where}{error}") from None
+    for name, request in requests:
+        submit(engine, name, request, flags)
         engine.abort(request.id)
     engine.step()  # tells of those taken back, to nobody
+
+
+def submit(engine: Engine, name: str, request: Request, flags: Mapping[str, str]) -> None:
+    """Asks for one. What is refused is said with its name and the flags, in a ValueError."""
+    try:
+        with by_flags(flags):
+            engine.submit(request)
+    except ValueError as error:
+        raise ValueError(request.named(str(error), name)) from None

@@ -28,7 +28,8 @@ class Parser(argparse.ArgumentParser):
 
 def add_flags(parser: argparse.ArgumentParser, config: type, leave_out: Collection[str] = ()) -> None:
     """One flag for every field of a configuration but those left out, with the help and names that the field states."""
-    group = parser.add_argument_group((config.__doc__ or config.__name__).split(". ")[0].rstrip("."))
+    paragraph = (config.__doc__ or config.__name__).partition("\n\n")[0]
+    group = parser.add_argument_group(" ".join(paragraph.split()).split(". ")[0].rstrip("."))
     hints = get_type_hints(config)
     for item in (item for item in fields(config) if item.name not in leave_out):
         group.add_argument(*flags_of(item), dest=item.name, default=None, **_kind(item, hints[item.name]))

@@ -44,7 +44,8 @@ def _prepare(arguments: list[str], rank: int) -> Job:
 def _serve(job: Job, engine: Engine) -> int:
     """Rank 0's part, with the engine ready: the tasks in turn. The exit code is 1 if an answer failed."""
     tasks = find_tasks(job.options.task)
-    asked = (("", request) for task in tasks if not task.chat for request in job.requests(task))
+    names = [f"the prompt {prompt.shown!r}" for prompt in job.prompts]
+    asked = (pair for task in tasks if not task.chat for pair in zip(names, job.requests(task), strict=True))
     check_served(engine, asked, sampling_flags(job.options))
     good = True
     for number, task in enumerate(tasks):

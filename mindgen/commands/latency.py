@@ -182,7 +182,7 @@ class Watched:
     def step(self) -> list[Output]:
         """A step of the engine. Together are those that run after it and those that it ended."""
         outputs = self._engine.step()
-        running = {each.request.id for each in self._engine.scheduler.sequences if each.status is Status.RUNNING}
+        running = {each.request.id for each in self._engine.scheduler.running if each.status is Status.RUNNING}
         ended = {output.request_id for output in outputs if output.finish_reason is not None}
         self.most_together = max(self.most_together, len(running | ended))
         return outputs

@@ -75,7 +75,7 @@ def _join(ranks: Ranks, job: J | None, error: str | None, serve: Serve[J]) -> in
             runner.follow()
             return 0
         assert job is not None
-        for note in (*model.notes, describe_cache(runner)):
+        for note in (*model.notes, describe_cache(model, runner)):
             print(note, file=sys.stderr)
         engine = make_engine(model, runner)
         code = serve(job, engine)

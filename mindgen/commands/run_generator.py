@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import isnan
 
@@ -120,12 +121,16 @@ def _request(
 
 def _serve(job: GeneratorJob, engine: Engine) -> int:
     """Rank 0's part; 1 if an answer failed."""
-    check_served(engine, (("", request) for request in job.requests), _FLAGS)
+    check_served(engine, _named(job), _FLAGS)
     report, watched = _Report(job), Watched(engine)
     arrivals = [(0.0, request) for request in job.requests]
     timelines = run_timed(watched, arrivals, listen=report.add, most_at_once=job.options.max_batch_size)
     print("\n" + _table(timelines, watched.most_together))
     return 1 if report.failed else 0
+
+
+def _named(job: GeneratorJob) -> Iterator[tuple[str, Request]]:
+    return ((f"the prompt {job.prompts[request.id].shown!r}", request) for request in job.requests)
 
 
 @dataclass

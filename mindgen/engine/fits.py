@@ -71,3 +71,13 @@ def most_blocks(request: Request, pool: BlockPool, sight: Sight | None = None) -
         return min(total, sight.most_blocks(pool))
     shared = min(total, num_prompt // pool.block_size)
     return shared + params.num_beams * (total - shared)
+
+
+def blocks_at_once(request: Request, count: int, pool: BlockPool, sight: Sight | None = None) -> int:
+    """The blocks with which `count` such requests, no two of which begin alike, run at once and to their ends.
+
+    The scheduler admits nobody before each of those who run could have one more block than its prompt takes.
+    """
+    most = most_blocks(request, pool, sight)
+    prompt = min(most, pool.blocks_for(len(request.prompt)))
+    return max(count * most, count * prompt + count - 1)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, nan
+from numbers import Real
+from operator import index
+from typing import SupportsIndex
 
 from mindgen.text.unicode import require_utf8
 
@@ -48,8 +52,8 @@ class SamplingParams:
     bad_words: strings that must not appear; the last token of each way to write one is never drawn. Texts that are
         cut into tokens in an unusual way can still spell it.
 
-    Lists are kept as tuples, so that it can be hashed. Raises ValueError for a value outside its range and for options
-    that contradict each other.
+    Lists are kept as tuples, so that it can be hashed, and numbers of other types, such as numpy's, as int and float.
+    Raises ValueError for a value outside its range and for options that contradict each other.
     """
 
     max_new_tokens: int = 128
@@ -84,6 +88,7 @@ class SamplingParams:
         self._check_counts()
         self._check_flags()
         if self.best_of is not None:
+            self._keep_int("best_of", 1, MOST_SAMPLES)
             self._check_best_of(self.best_of)
         if self.num_beams > 1:
             self._check_beams()
@@ -102,33 +107,39 @@ class SamplingParams:
     def _keep(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
+    def _keep_int(self, name: str, low: int, high: int) -> None:
+        self._keep(name, _whole(name, getattr(self, name), low, high))
+
+    def _keep_float(self, name: str, low: float, high: float | None = None) -> None:
+        self._keep(name, _number(name, getattr(self, name), low, high))
+
     def _check_filters(self) -> None:
-        _check_float("temperature", self.temperature, 0.0)
+        self._keep_float("temperature", 0.0)
         if 0 < self.temperature < _SMALLEST:
             raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or at least {_SMALLEST}")
-        _check_int("top_k", self.top_k, 0, _LARGEST)
-        _check_float("top_p", self.top_p, 0.0, 1.0)
-        _check_float("min_p", self.min_p, 0.0, 1.0)
-        _check_float("repetition_penalty", self.repetition_penalty, _SMALLEST, 1 / _SMALLEST)
-        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_float("length_penalty", self.length_penalty, -10.0, 10.0)
+        self._keep_int("top_k", 0, _LARGEST)
+        self._keep_float("top_p", 0.0, 1.0)
+        self._keep_float("min_p", 0.0, 1.0)
+        self._keep_float("repetition_penalty", _SMALLEST, 1 / _SMALLEST)
+        self._keep_float("presence_penalty", -2.0, 2.0)
+        self._keep_float("frequency_penalty", -2.0, 2.0)
+        self._keep_float("length_penalty", -10.0, 10.0)
 
     def _check_counts(self) -> None:
-        _check_int("max_new_tokens", self.max_new_tokens, 1, _LARGEST)
-        _check_int("min_new_tokens", self.min_new_tokens, 0, _LARGEST)
+        self._keep_int("max_new_tokens", 1, _LARGEST)
+        self._keep_int("min_new_tokens", 0, _LARGEST)
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens is {self.min_new_tokens}, above max_new_tokens, which is {self.max_new_tokens}; "
                 "lower the one or raise the other"
             )
-        _check_int("n", self.n, 1, MOST_SAMPLES)
-        _check_int("num_beams", self.num_beams, 1, MOST_SAMPLES)
+        self._keep_int("n", 1, MOST_SAMPLES)
+        self._keep_int("num_beams", 1, MOST_SAMPLES)
         if self.seed is not None:
-            _check_int("seed", self.seed, 0, SEED_LIMIT - 1)
+            self._keep_int("seed", 0, SEED_LIMIT - 1)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 0, _MOST_LOGPROBS)
+                self._keep_int(name, 0, _MOST_LOGPROBS)
 
     def _check_flags(self) -> None:
         for name in ("ignore_eos", "echo"):
@@ -136,7 +147,6 @@ class SamplingParams:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
 
     def _check_best_of(self, best_of: int) -> None:
-        _check_int("best_of", best_of, 1, MOST_SAMPLES)
         if best_of < self.n:
             raise ValueError(f"best_of is {best_of}, but n is {self.n} of them; it must be {self.n} or more")
         if best_of > 1 and self.temperature == 0:
@@ -172,9 +182,7 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
 def _token_ids(value: object) -> tuple[int, ...]:
     if not isinstance(value, list | tuple | range):
         raise ValueError(f"stop_token_ids is {value!r}; it must be a list or tuple of token ids")
-    for token in value:
-        _check_int("a stop token id", token, 0)
-    return tuple(value)
+    return tuple(_whole("a stop token id", token, 0) for token in value)
 
 
 def _biases(value: object) -> tuple[tuple[int, float], ...]:
@@ -184,20 +192,32 @@ def _biases(value: object) -> tuple[tuple[int, float], ...]:
         biases = [(token, bias) for token, bias in pairs]  # type: ignore[attr-defined]
     except (TypeError, ValueError):
         raise ValueError(f"logit_bias is {value!r}; it must be a dict of token id to number") from None
+    kept = {}
     for token, bias in biases:
-        _check_int("a token id of logit_bias", token, 0)
-        _check_float(f"the logit_bias of token {token}", bias, -100.0, 100.0)
-    return tuple(sorted(dict(biases).items()))
+        whole = _whole("a token id of logit_bias", token, 0)
+        kept[whole] = _number(f"the logit_bias of token {whole}", bias, -100.0, 100.0)
+    return tuple(sorted(kept.items()))
 
 
-def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+def _whole(name: str, value: object, low: int, high: int | None = None) -> int:
+    """The value as an int, whatever counts as one: numpy's and torch's whole numbers too, no truth value."""
+    whole: int | None = None
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        with suppress(TypeError):  # an array of several numbers, a tensor of no whole one
+            whole = index(value)
+    if whole is None or whole < low or (high is not None and whole > high):
         limit = "" if high is None else f" to {high}"
         raise ValueError(f"{name} is {value!r}; it must be a whole number from {low}{limit or ' up'}")
+    return whole
 
 
-def _check_float(name: str, value: object, low: float, high: float | None = None) -> None:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-    if not fits or value < low or (high is not None and value > high):  # type: ignore[operator]
+def _number(name: str, value: object, low: float, high: float | None = None) -> float:
+    """The value as a float, whatever real number it is; no truth value."""
+    number, is_truth = nan, isinstance(value, bool)
+    if isinstance(value, Real) and not is_truth:
+        with suppress(OverflowError):
+            number = float(value)
+    if not isfinite(number) or number < low or (high is not None and number > high):
         limit = f"from {low}" + (" up" if high is None else f" to {high}")
         raise ValueError(f"{name} is {value!r}; it must be a number {limit}")
+    return number

@@ -36,6 +36,10 @@ class Request:
         if not self.prompt:
             raise ValueError(f"the prompt of request {self.id} is empty; it needs a token, for example the BOS")
 
+    def named(self, message: str, name: str) -> str:
+        """A message on it, for somebody who never heard of its `id` and calls it by this name."""
+        return message.replace(f"request {self.id}", name)
+
 
 @dataclass(frozen=True)
 class RowParams:

@@ -82,8 +82,8 @@ class Scheduler:
         self.max_sequences = max_sequences
         self.max_positions = max_positions
         self.short_context = short_context
-        self._sight = Sight(window, max_batch_tokens) if window else None
-        self._tables = BlockTables(pool, self._sight) if pool else None
+        self.sight = Sight(window, max_batch_tokens) if window else None
+        self._tables = BlockTables(pool, self.sight) if pool else None
         self._waiting = Line()
         self._running: list[Unit] = []  # by order of admission; samples stand behind the one they were split from
         self._requests: dict[int, list[Unit]] = {}
@@ -105,6 +105,11 @@ class Scheduler:
         return [sequence for units in self._requests.values() for unit in units for sequence in unit.sequences]
 
     @property
+    def running(self) -> Iterator[Sequence]:
+        """Those that do not wait, by order of admission."""
+        return (sequence for unit in self._running for sequence in unit.sequences)
+
+    @property
     def stats(self) -> Stats:
         pool = self.pool
         return Stats(
@@ -123,7 +128,7 @@ class Scheduler:
         request = sequence.request
         if request.id in self._requests:
             raise ValueError(f"request {request.id} is in progress already; every request needs an id of its own")
-        check_fits(request, self.pool, self.max_sequences, self.max_batch_tokens, self.max_positions, self._sight)
+        check_fits(request, self.pool, self.max_sequences, self.max_batch_tokens, self.max_positions, self.sight)
         unit = Unit([sequence], together=request.params.num_beams > 1)
         self._lengthen([sequence])
         self._requests[request.id] = [unit]
@@ -132,7 +137,7 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next step, or None when nothing can run before a step in flight is committed."""
         if self.short_context:
-            self._lengthen([sequence for unit in self._running for sequence in unit.sequences])
+            self._lengthen(list(self.running))
         self._admit()
         chunks: list[Chunk] = []
         copies: list[tuple[int, int]] = []
@@ -271,7 +276,7 @@ class Scheduler:
         return [(sequence, 1) for sequence in unit.sequences] if len(unit.sequences) <= budget else []
 
     def _in_flight(self) -> Iterator[Sequence]:
-        return (sequence for unit in self._running for sequence in unit.sequences if sequence.in_flight)
+        return (sequence for sequence in self.running if sequence.in_flight)
 
     def _make_room(self, unit: Unit, parts: list[tuple[Sequence, int]]) -> list[tuple[int, int]] | None:
         """Give these parts their blocks; the copies that this takes. None if there are none: those who could give

@@ -180,7 +180,7 @@ class Host:
     def _serve(self, model: Opened, runner: Runner) -> None:
         from mindgen.startup.ready import describe_cache, make_engine
 
-        notes = (*model.notes, describe_cache(runner))
+        notes = (*model.notes, describe_cache(model, runner))
         if self.follows:
             self._model.set_result((model, notes))
             runner.follow(self._hear)
@@ -270,7 +270,7 @@ def _submit_all(requests: Sequence[Request], engine: Engine) -> Exception | None
         try:
             engine.submit(request)
         except ValueError as error:
-            return ValueError(str(error).replace(f"request {request.id}", name))  # a number that no caller knows
+            return ValueError(request.named(str(error), name))
         except Exception as error:
             return RuntimeError(_failed(name, error))
     return None

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from mindgen.startup.opened import Opened
     from mindgen.text.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int]  # or what counts as one: a one-dimensional array or tensor, as a list of them a wider one
 Prompts = Prompt | Sequence[Prompt]
 Params = SamplingParams | Sequence[SamplingParams] | None
 Conversation = Sequence[Mapping[str, Any]]  # messages with `role` and `content`
+_WANTED_PARAMS = "SamplingParams, or one for each prompt, such as SamplingParams(temperature=0)"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,12 @@ def make_config(model: str | Path | EngineConfig, options: Mapping[str, Any]) ->
 def is_single(prompts: Prompts) -> bool:
     """Whether it is one prompt: a text or token ids. An empty sequence is no prompt at all. ValueError for neither."""
     _check_sequence(prompts, "a text, token ids, or a list of such prompts")
-    return isinstance(prompts, str) or (len(prompts) > 0 and hasattr(prompts[0], "__index__"))
+    return isinstance(prompts, str) or (len(prompts) > 0 and _is_number(prompts[0]))
+
+
+def _is_number(value: object) -> bool:
+    """Whether it may be a token id, and not a row of them: arrays and tensors have `__index__` at any width."""
+    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
 
 
 def is_conversation(messages: Conversation | Sequence[Conversation]) -> bool:
@@ -68,7 +74,8 @@ def check_conversation(messages: object) -> None:
 
 
 def _check_sequence(value: object, wanted: str) -> None:
-    if isinstance(value, bytes | Mapping) or not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
+    is_sequence = hasattr(value, "__len__") and hasattr(value, "__getitem__") and getattr(value, "ndim", 1) > 0
+    if isinstance(value, bytes | Mapping) or not is_sequence:
         raise ValueError(f"{value!r} is of type {type(value).__name__}; give {wanted}")
 
 
@@ -84,10 +91,12 @@ def make_questions(prompts: Sequence[Prompt], params: Params, model: Opened) -> 
     return found
 
 
-def _one_each(params: Params, count: int) -> Sequence[SamplingParams]:
+def _one_each(params: Params | str, count: int) -> Sequence[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
-    _check_sequence(params, "SamplingParams, or one for each prompt")
+    if isinstance(params, str):
+        raise ValueError(f"{params!r} is of type str; give {_WANTED_PARAMS}")
+    _check_sequence(params, _WANTED_PARAMS)
     if len(params) != count:
         raise ValueError(f"{len(params)} SamplingParams for {count} prompts; give one for each, or one for all")
     return params
@@ -95,7 +104,7 @@ def _one_each(params: Params, count: int) -> Sequence[SamplingParams]:
 
 def _question(prompt: Prompt, params: SamplingParams, model: Opened) -> Question:
     if not isinstance(params, SamplingParams):
-        raise ValueError(f"{params!r} is not SamplingParams")
+        raise ValueError(f"{params!r} is not SamplingParams; give one, such as SamplingParams(temperature=0)")
     text: str | None = None
     if isinstance(prompt, str):
         text, ids = prompt, encode_prompt(model.tokenizer, prompt)
@@ -132,9 +141,12 @@ def encode_prompt(tokenizer: Tokenizer | None, text: str) -> tuple[int, ...]:
 
 def _token_ids(prompt: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     is_sequence = hasattr(prompt, "__iter__") and not isinstance(prompt, bytes | Mapping)
-    if not is_sequence or not all(hasattr(token, "__index__") for token in prompt):
+    try:
+        ids = tuple(index(token) for token in prompt) if is_sequence and all(map(_is_number, prompt)) else None
+    except TypeError:  # a tensor's numbers that are no whole ones
+        ids = None
+    if ids is None:
         raise ValueError(f"{prompt!r} is neither a text nor a sequence of token ids")
-    ids = tuple(index(token) for token in prompt)
     if not ids:
         raise ValueError("it is empty; a prompt needs a token, for example the BOS")
     outside = [token for token in ids if not 0 <= token < vocab_size]

@@ -17,6 +17,20 @@ _SHARE_OF_CPU = 0.3  # of the free memory; the rest belongs to other programs
 _SHARE_OF_DEVICE = 0.9
 
 
+def check_asked(config: EngineConfig, device: torch.device, local_ranks: int) -> None:
+    """ValueError for more memory than a CPU host has free: it is taken as it is written, and would fail only then."""
+    asked = config.kv_cache_memory
+    if asked is None or device.type != "cpu" or not config.use_kv_cache:
+        return
+    free = free_memory(device)
+    if asked * 2**30 * local_ranks > free:
+        of_ranks = f" on each of {local_ranks} ranks" if local_ranks > 1 else ""
+        raise ValueError(
+            f"{named('kv_cache_memory')} is {asked:g} GiB{of_ranks}, and this host has {free / 2**30:.2f} GiB of "
+            f"memory free; lower it, or leave it out for {_SHARE_OF_CPU:g} of what is free"
+        )
+
+
 def num_blocks(config: EngineConfig, spec: ModelSpec, model: Decoder, world: World, local_ranks: int) -> int:
     """Sizes the pool by memory; all ranks take the smallest. ValueError if not one block fits. A collective."""
     bytes_each = block_bytes(model.num_layers, config.block_size, model.num_kv_heads, model.head_dim, model.dtype)
@@ -28,7 +42,12 @@ def num_blocks(config: EngineConfig, spec: ModelSpec, model: Decoder, world: Wor
             f"no room for one cache block of {config.block_size} tokens, {bytes_each / 2**20:.1f} MiB; "
             f"raise {named('kv_cache_memory')} or {named('kv_cache_fraction')}, or lower {named('block_size')}"
         )
-    return min(smallest, MOST_SEQUENCES * -(-spec.max_positions // config.block_size))
+    return min(smallest, most_used(config, spec))
+
+
+def most_used(config: EngineConfig, spec: ModelSpec) -> int:
+    """The blocks of as many sequences as there may be, each of the longest: more would stay empty."""
+    return MOST_SEQUENCES * -(-spec.max_positions // config.block_size)
 
 
 def cache_bytes(config: EngineConfig, kind: str, free: int, local_ranks: int) -> float:

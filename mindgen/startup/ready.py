@@ -18,7 +18,7 @@ from mindgen.model.build import build_stage
 from mindgen.model.decoder import Decoder
 from mindgen.parallel.world import World
 from mindgen.spec import ModelSpec
-from mindgen.startup.cache_size import MOST_SEQUENCES, num_blocks
+from mindgen.startup.cache_size import MOST_SEQUENCES, check_asked, most_used, num_blocks
 from mindgen.startup.opened import Opened
 from mindgen.weights.load import load_weights
 from mindgen.weights.source import Source
@@ -38,26 +38,34 @@ def make_runner(config: EngineConfig, source: Source, world: World, device: torc
     A collective. Raises RankError on all ranks, with the first one's reason, if any rank cannot be made ready.
     """
     _together(world, lambda: source.check() if world.topology.rank == 0 else None)
+    _together(world, lambda: check_asked(config, device, local_ranks))
     model = _together(world, lambda: _build(config, source, world, device))
     backend = _together(world, lambda: choose_backend(config.attention, model.scores, device, model.dtype))
     world.same(f"the attention backend, which {named('attention')} can settle,", backend.name)
     _together(world, lambda: _load(config, source, world, model))
     cache = None
     if config.use_kv_cache:
+        _together(world, lambda: check_asked(config, device, local_ranks))  # the weights took their part
         blocks = num_blocks(config, source.spec, model, world, local_ranks)
         sizes = (blocks, config.block_size, model.num_kv_heads, model.head_dim)
         cache = _together(world, lambda: KVCache(model.num_layers, *sizes, model.dtype, device))
     return Runner(model, cache, backend, world, device)
 
 
-def describe_cache(runner: Runner) -> str:
-    """One line on how much fits into a rank's cache."""
+def describe_cache(model: Opened, runner: Runner) -> str:
+    """One line on how much fits into a rank's cache, and that no more could be used where it is less than asked for."""
     cache = runner.cache
     if cache is None:
         return "no cache: every step computes its sequences anew"
     gib = sum(memory.nbytes for memory in (*cache.keys, *cache.values)) / 2**30
     tokens = cache.num_blocks * cache.block_size
-    return f"cache: {cache.num_blocks} blocks of {cache.block_size} = {tokens} tokens, {gib:.2f} GiB a rank"
+    line = f"cache: {cache.num_blocks} blocks of {cache.block_size} = {tokens} tokens, {gib:.2f} GiB a rank"
+    config, asked = model.config, model.config.kv_cache_memory
+    more = asked is not None and asked >= gib * (1 + 1 / cache.num_blocks)
+    if more and cache.num_blocks == most_used(config, model.source.spec):
+        longest = model.source.spec.max_positions
+        return f"{line}; of {asked:g} GiB no more can be used, by {MOST_SEQUENCES} sequences of {longest} tokens"
+    return line
 
 
 def make_engine(model: Opened, runner: Runner) -> Engine:

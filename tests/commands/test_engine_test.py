@@ -194,8 +194,14 @@ def test_a_request_that_can_never_fit_is_refused_before_any_is_served(run: Run, 
     (tmp_path / "in.csv").write_text("5,6,7\n" + ",".join(["5"] * 600))
     cache = ("--kv-cache-memory", "0.0012", "--block-size", "16", "--max_batch_size", "1")
     code, out, err = run(tmp_path / "in.csv", "--load_all_data", *GREEDY, *cache)
-    assert (code, out) == (2, "") and "mindgen: line 2: request 1 has 600 prompt tokens" in err
+    assert (code, out) == (2, "") and "mindgen: line 2 has 600 prompt tokens" in err
     assert "but the cache has 19; lower --max_new_tokens, shorten" in err
+
+
+def test_a_foreign_token_to_stop_at_is_said_by_its_flag(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("5,6\n")
+    code, _, err = run(tmp_path / "in.csv", "--stop_token_ids", "[5000]")
+    assert code == 2 and "mindgen: --stop_token_ids of line 1 has token id 5000; the model's vocabulary goes" in err
 
 
 BAD = {

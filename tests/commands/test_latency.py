@@ -7,8 +7,12 @@ from collections import deque
 
 import pytest
 
-from mindgen.commands.latency import Percentiles, Timeline, run_timed, summarise
-from mindgen.engine.request import Output, Request, SamplingParams
+from mindgen.commands.latency import Percentiles, Timeline, Watched, run_timed, summarise
+from mindgen.engine.blocks import BlockPool
+from mindgen.engine.engine import Engine
+from mindgen.engine.request import Output, Request, SamplingParams, Sequence
+from mindgen.engine.scheduler import Scheduler
+from tests.engine.fakes import FakeRunner, hashed_logits
 
 
 class Clock:
@@ -103,6 +107,18 @@ def test_every_output_is_heard_when_it_comes() -> None:
         OneAtATime(clock), [(0, request(3, 2))], clock, clock.wait, lambda output: heard.append(output.request_id)
     )
     assert heard == [3, 3]
+
+
+def test_how_many_run_together_is_known_without_a_look_at_those_that_wait() -> None:
+    class Unasked(Scheduler):
+        @property
+        def sequences(self) -> list[Sequence]:
+            raise AssertionError("a list of all that wait, in the time that is measured")
+
+    scheduler = Unasked(BlockPool(40, 4), max_sequences=3)
+    watched = Watched(Engine(scheduler, FakeRunner(hashed_logits, 40, 4)))
+    lines = run_timed(watched, [(0.0, request(number, 1 + number % 3)) for number in range(8)])
+    assert watched.most_together == 3 and all(line.end is not None for line in lines)
 
 
 def test_percentiles_are_interpolated_between_neighbours() -> None:

@@ -36,7 +36,7 @@ def test_generate_that_is_refused_keeps_the_output_file(
     (tmp_path / "out").write_text("old")
     prompts = ("--prompt-ids", "5,6,7", "--prompt-ids", BIG)
     code, err = call(capfd, "generate", *prompts, *CACHE, "--output-file", str(tmp_path / "out"), "--task", *tasks)
-    assert code == 2 and "600 prompt tokens" in err
+    assert code == 2 and f"mindgen: the prompt '{BIG[:57]}...' has 600 prompt tokens" in err
     assert (tmp_path / "out").read_text() == "old"
 
 
@@ -91,6 +91,17 @@ def test_a_link_to_the_recorded_tokens_stays_one(capfd: pytest.CaptureFixture[st
         assert len((tmp_path / "elsewhere" / "out.csv").read_text().split(",")) == 2
 
 
+@pytest.mark.parametrize("name", ["loop", "loop/x"])
+def test_recorded_tokens_never_go_to_a_link_onto_itself(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "in.csv").write_text("5,6\n")
+    (tmp_path / "loop").symlink_to("loop")
+    code, err = call(capfd, "engine_test", str(tmp_path / "in.csv"), "--record_output", str(tmp_path / name))
+    assert code == 2 and f"mindgen: --record_output {tmp_path}/{name} " in err and "Traceback" not in err
+    assert (tmp_path / "loop").is_symlink()
+
+
 def test_bench_writes_no_file_over_another(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("some text")
     for options in (
@@ -106,7 +117,9 @@ def test_bench_writes_no_file_over_another(tmp_path: Path) -> None:
 def test_a_check_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     check_writable("--x", str(tmp_path / "new"))
-    check_apart("--x", str(tmp_path / "new"), {"--y": None, "--z": str(tmp_path / "other")})
+    check_apart(
+        "--x", str(tmp_path / "new"), {"--y": None, "--z": str(tmp_path / "other"), "--loop": f"{tmp_path}/loop"}
+    )
     for name in ("nowhere/x", ".", "loop"):
         with pytest.raises(ValueError, match="--x .* cannot be written"):
             check_writable("--x", str(tmp_path / name))

@@ -174,7 +174,8 @@ def test_with_beams_the_line_that_takes_the_most_blocks_is_refused_before_anythi
     data = written(tmp_path / "in", {"src": "a b " * 40}, {"src": "x " * 4})  # the first is longer, and has less room
     beams = "--chat_template none --decode_strategy beam_search --num_beams 4 --max_length 100 --total_max_length 128"
     code, out, err = run("--data_file", data, *beams.split(), "--block_size", "4", "--kv-cache-memory", "0.00123")
-    assert (code, out) == (2, "") and "mindgen: line 2: " in err and "in 4 beams" in err
+    assert (code, out) == (2, "") and "mindgen: line 2 has " in err and "in 4 beams" in err
+    assert "; lower --max_length or --num_beams, shorten the prompt" in err
     assert not Path("output.json").exists()
 
 
@@ -280,7 +281,11 @@ BAD: dict[str, tuple[str, str]] = {
     ),
     "a benchmark beyond the cache": (
         "--data_file good --benchmark --batch_size 3 --src_length 64 --kv-cache-memory 0.0012",
-        "--batch_size 3 takes 9 blocks of 64 tokens at once, but the cache has 4",
+        "--batch_size 3 takes 6 blocks of 64 tokens at once, but the cache has 4",
+    ),
+    "a benchmark beyond a step without a cache": (
+        "--benchmark --batch_size 2 --src_length 64 --no-use-kv-cache --max-batch-tokens 133",
+        "--batch_size 2 takes up to 134 tokens a step without a cache, but --max-batch-tokens is 133",
     ),
     "a filter out of range that has no effect": ("--decode_strategy greedy_search --top_p 7", "mindgen: --top_p is 7"),
     "a temperature out of range beside it": ("--decode_strategy beam_search --temperature -3", "--temperature is -3"),
@@ -344,3 +349,9 @@ def test_switches_are_given_in_three_ways_and_told_what_they_mean() -> None:
     config, _, _ = read_flags([*model, "--device", "gpu", "--dtype", "bfloat16", "--block_size", "32"])
     assert (config.device, config.dtype, config.block_size) == ("cuda", "bf16", 32)
     assert "PaddleNLP's code" in parser().format_help()
+
+
+def test_help_has_one_line_of_each_configuration_and_says_what_becomes_of_lists() -> None:
+    shown = parser().format_help()
+    assert "\nHow to run it: over how many ranks, on which device, with how much memory:\n  --" in shown
+    assert "without a chat template    without a chat template" in shown and "A list is kept" not in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from mindgen.__main__ import main
 from mindgen.commands.predict import journal as journals
+from mindgen.commands.predict.data import BUILT_IN_PROMPT
 from mindgen.commands.predict.journal import Journal, journal_path, read_journal
 from mindgen.commands.predict.output import OutputFile, check_output_file, finished_records
 from mindgen.commands.predict.prompts import Prompter
@@ -96,6 +98,22 @@ def test_an_interrupted_run_can_be_interrupted_again(data: str, output: Path) ->
     assert numbers(output) == EXPECTED
 
 
+def test_what_the_journal_answers_takes_no_place_in_the_batch(data: str, output: Path) -> None:
+    together: list[int] = []
+
+    class Counting(SlowFirst):
+        def step(self) -> list[Output]:
+            together.extend([len(self.asked)] * bool(self.asked))
+            return super().step()
+
+    left_by(data, output)  # the last four
+    more = written(output.parent / "more", *({"src": f"a{number}", "tgt": number * "ü"} for number in range(8)))
+    engine = Counting()
+    assert run(begun(more, output, batch_size=4, resume=True), engine)
+    assert engine.served == 4 and together == [4, 3, 2, 1]
+    assert numbers(output) == [f"answer {number}" for number in range(1, 9)]
+
+
 def left_by(data: str, output: Path) -> Path:
     """The journal of a run that answered all lines but the first two."""
     with pytest.raises(KeyboardInterrupt):
@@ -146,17 +164,49 @@ def test_a_journal_that_is_left_is_never_lost_unasked(data: str, output: Path) -
     assert engine.served == NUM_LINES and not journal.exists()
 
 
+@pytest.mark.parametrize("name", ["out.journal", "out.journal.new"])
 @pytest.mark.parametrize("line", [b"[1]\n", b"\x00\n", b'{"src": "a0", "tgt": "", "output": ""}\n'])
-def test_a_journal_that_is_none_is_refused(data: str, output: Path, line: bytes) -> None:
-    (output.parent / "out.journal").write_bytes(line)
-    with pytest.raises(ValueError, match="out.journal was not written by predict"):
+def test_a_journal_that_is_none_is_refused_without_a_word_of_the_output_file(
+    data: str, output: Path, line: bytes, name: str
+) -> None:
+    (output.parent / name).write_bytes(line)
+    with pytest.raises(ValueError, match=f"{name} was not written by predict; remove it or move it away, and only"):
         run(begun(data, output, resume=True), SlowFirst())
+    assert (output.parent / name).read_bytes() == line
 
 
-def test_the_input_is_never_taken_for_a_journal(tmp_path: Path) -> None:
-    data = written(tmp_path / "out.journal", {"src": "hi"})
-    with pytest.raises(ValueError, match="--data_file and the journal of --output_file are both"):
-        begun(data, tmp_path / "out", overwrite=True)
+@pytest.mark.parametrize("name", ["out.journal", "out.journal.new"])
+def test_the_input_is_never_taken_for_a_journal(tmp_path: Path, name: str) -> None:
+    data = written(tmp_path / name, {"src": "hi"})
+    for flags in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(ValueError, match="--data_file and the journal of --output_file are both"):
+            begun(data, tmp_path / "out", **flags)
+
+
+@pytest.mark.parametrize("name", ["out.journal", "out.journal.new"])
+def test_nothing_by_the_name_of_a_journal_is_lost_unasked(data: str, output: Path, name: str) -> None:
+    (output.parent / name).write_text("precious")
+    with pytest.raises(ValueError, match=f"{name}, beside --output_file, holds something already"):
+        begun(data, output, batch_size=NUM_LINES)
+    assert (output.parent / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["out.journal", "out.journal.new"])
+def test_a_folder_by_the_name_of_a_journal_is_refused_before_any_work(data: str, output: Path, name: str) -> None:
+    (output.parent / name).mkdir()
+    for flags in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(ValueError, match=f"{name}, where answers wait beside --output_file, is no regular file"):
+            begun(data, output, **flags)
+
+
+def test_a_file_that_comes_by_the_name_of_a_journal_meanwhile_stays(tmp_path: Path) -> None:
+    beside = tmp_path / "out.journal.new"
+    with closing(Journal(tmp_path / "out.journal", {})) as journal:
+        beside.write_text("precious")
+        with pytest.raises(ValueError, match="out.journal cannot be written: File exists"):
+            journal.add(1, {"src": "", "tgt": "", "output": ""})
+        journal.drop(1)
+    assert beside.read_text() == "precious"
 
 
 def test_a_journal_that_another_run_wrote_meanwhile_is_left_alone(data: str, output: Path) -> None:
@@ -167,6 +217,24 @@ def test_a_journal_that_another_run_wrote_meanwhile_is_left_alone(data: str, out
     with pytest.raises(ValueError, match="has changed since it was checked"):
         predict(made, found, SlowFirst())  # type: ignore[arg-type]
     assert journal.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["out.journal", "out.journal.new"])
+def test_what_came_by_the_name_of_a_journal_after_the_check_is_left_alone(data: str, output: Path, name: str) -> None:
+    made = begun(data, output)
+    found = survey(made, finished_records(made.options))
+    (output.parent / name).write_text("precious")
+    with pytest.raises(ValueError, match="has changed since it was checked"):
+        predict(made, found, SlowFirst())  # type: ignore[arg-type]
+    assert (output.parent / name).read_text() == "precious"
+
+
+def test_more_output_than_the_built_in_prompt_is_said_in_words(output: Path) -> None:
+    line = {"src": BUILT_IN_PROMPT, "tgt": "", "output": ""}
+    written(output, line, line)
+    made = prompter(output_file=str(output), resume=True)
+    with pytest.raises(ValueError, match="holds more lines than the built-in prompt has"):
+        survey(made, finished_records(made.options))
 
 
 def test_a_journal_does_not_grow_with_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +253,17 @@ def test_a_journal_does_not_grow_with_the_input(tmp_path: Path, monkeypatch: pyt
 def test_an_output_that_is_no_file_has_no_journal(data: str) -> None:
     assert journal_path("/dev/null") is None
     assert run(begun(data, Path("/dev/null"), batch_size=4), SlowFirst())
+
+
+def test_a_pipe_has_no_journal(data: str) -> None:
+    reader, writer = os.pipe()
+    with open(reader, "rb") as end:
+        try:
+            assert journal_path(f"/dev/fd/{writer}") is None
+            assert run(begun(data, Path(f"/dev/fd/{writer}"), batch_size=4), SlowFirst())
+        finally:
+            os.close(writer)
+        assert [json.loads(line)["output"] for line in end] == EXPECTED
 
 
 class Failing(SlowFirst):

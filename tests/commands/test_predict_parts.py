@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from mindgen.commands.predict import _prepare, _serve
+from mindgen.commands.predict.benchmark import check_room
 from mindgen.commands.predict.chat_template import read_turn_template
 from mindgen.commands.predict.data import BadLine, Line, read_lines
 from mindgen.commands.predict.journal import Journal
@@ -21,9 +22,13 @@ from mindgen.commands.predict.prompts import Prompt, Prompter, make_prompter
 from mindgen.commands.predict.run import Progress, answers, predict
 from mindgen.commands.predict.survey import Survey, survey
 from mindgen.config import EngineConfig
+from mindgen.engine.blocks import BlockPool
+from mindgen.engine.engine import Engine
 from mindgen.engine.request import Output, Request
+from mindgen.engine.scheduler import Scheduler
 from mindgen.startup.opened import TokenizerChoice, open_model, with_tokenizer
 from tests.commands.test_predict import DEMO, written
+from tests.engine.fakes import FakeRunner, hashed_logits
 
 TEMPLATE = {
     "system": "<s>{% if system %}<|system|>{{ system }}{% endif %}",
@@ -165,6 +170,19 @@ def test_marks_and_ends_of_lines_of_other_systems_are_read(tmp_path: Path) -> No
     assert numbers == [(1, "hi"), (3, "ho")]
 
 
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ('{"src": "a", "src": "b"}', "src"),
+        ('{"src": "a", "src": "a"}', "src"),
+        ('{"src": "a", "context": {"system": "b", "system": "c"}}', "system"),
+    ],
+)
+def test_a_line_that_says_a_thing_twice_is_no_good(tmp_path: Path, line: str, key: str) -> None:
+    (tmp_path / "in").write_text(line)
+    assert list(read_lines(str(tmp_path / "in"), 0)) == [BadLine(1, f"has the key '{key}' twice")]
+
+
 def test_two_runs_never_write_to_one_file(tmp_path: Path) -> None:
     options = PredictConfig(model_name_or_path="x", output_file=str(tmp_path / "out"), resume=True)
     with closing(OutputFile(options)) as file:
@@ -220,6 +238,26 @@ def test_a_disk_that_fills_up_leaves_what_resume_can_continue(tmp_path: Path) ->
     assert len((tmp_path / "out").read_bytes()) == 100
     OutputFile(options).close()
     assert json.loads((tmp_path / "out").read_bytes()) == record
+
+
+def room(scheduler: Scheduler, **options: Any) -> None:
+    """Whether a benchmark of 100 tokens and 29 more has room in it."""
+    config = PredictConfig(model_name_or_path="x", benchmark=True, src_length=100, max_length=29, **options)
+    check_room(config, Engine(scheduler, FakeRunner(hashed_logits)))
+
+
+def test_a_benchmark_that_fits_exactly_is_not_refused() -> None:
+    room(Scheduler(BlockPool(2, 64)))
+    room(Scheduler(BlockPool(5, 64)), batch_size=2)
+    with pytest.raises(ValueError, match="--batch_size 2 takes 5 blocks of 64 tokens at once, but the cache has 4"):
+        room(Scheduler(BlockPool(4, 64)), batch_size=2)
+    room(Scheduler(BlockPool(3, 16), max_batch_tokens=16, window=16))  # which is all that any layer sees
+    room(Scheduler(None, max_batch_tokens=128), batch_size=1)
+    room(Scheduler(None, max_batch_tokens=256), batch_size=2)
+    room(Scheduler(None, max_batch_tokens=1))  # one alone may be longer than a step
+    for batch_size, need in ((2, 256), (3, 384)):
+        with pytest.raises(ValueError, match=f"takes up to {need} tokens a step without a cache, but --max-batch-tok"):
+            room(Scheduler(None, max_batch_tokens=255), batch_size=batch_size)
 
 
 def test_a_line_knows_its_turns() -> None:

@@ -180,8 +180,13 @@ def test_a_request_that_can_never_fit_is_refused_before_any_is_answered(run: Run
     cache = ("--npu_mem", "0.0012", "--block_size", "16", "--max_batch_size", "1")
     code, out, err = run("--input_ids", "5,6,7", ",".join(["5"] * 600), *cache)
     assert (code, out) == (2, "")
-    assert "request 1 has 600 prompt tokens" in err
+    assert "mindgen: the prompt '5,5,5,5," in err and "...' has 600 prompt tokens" in err
     assert "but the cache has 19; lower --max_output_length, shorten the prompt, or raise --npu_mem (--kv-" in err
+
+
+def test_a_foreign_token_to_stop_at_is_said_by_its_flag(run: Run) -> None:
+    code, _, err = run("--input_ids", "5,6", "--stop_token_ids", "[5000]")
+    assert code == 2 and "mindgen: --stop_token_ids of the prompt '5,6' has token id 5000; the model's vocabu" in err
 
 
 def test_the_table_counts_those_that_really_ran_together(run: Run) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindgen.engine.blocks import BlockPool
-from mindgen.engine.fits import Sight, most_blocks
+from mindgen.engine.fits import Sight, blocks_at_once, most_blocks
 from mindgen.engine.request import Request
 from tests.engine.paged import VOCAB, Arrival, Play, alone, ask, make_play
 
@@ -133,6 +133,39 @@ def test_a_long_answer_fits_into_the_blocks_of_its_window():
     assert play.most_held <= need == 4 and play.scheduler.stats.num_preemptions == 0
     with pytest.raises(ValueError, match="takes 40 blocks of 4 tokens, but the cache has 4"):
         make_play(need, size, max_batch_tokens=chunk).play(asked)
+
+
+def runs_at_once(num_blocks: int, asked: list[Request], size: int, **limits: int) -> bool:
+    """Whether all are in every step from the first on, which has room for the tokens of all prompts."""
+    try:
+        play = make_play(num_blocks, size, **limits)
+        play.play([Arrival(request) for request in asked])
+    except ValueError:  # one that would never fit
+        return False
+    return len(play.steps) == asked[0].params.max_new_tokens
+
+
+@pytest.mark.parametrize("num_prompt", [1, 3, 4, 8, 9])
+@pytest.mark.parametrize("num_new", [1, 2, 5, 12])
+def test_a_batch_runs_at_once_in_the_fewest_blocks_that_are_said_and_in_none_less(num_prompt: int, num_new: int):
+    size = 4
+    for count in (1, 2, 5):
+        asked = [ask(number, (number,) * num_prompt, num_new) for number in range(count)]
+        need = blocks_at_once(asked[0], count, BlockPool(1, size))
+        assert runs_at_once(need, asked, size, max_batch_tokens=100)
+        assert not runs_at_once(need - 1, asked, size, max_batch_tokens=100)
+        for options, limits in (({"num_beams": 3}, {}), ({}, {"window": 3}), ({}, {"window": 6})):
+            sight = Sight(limits["window"], 100) if "window" in limits else None
+            asked = [ask(number, (number,) * num_prompt, num_new, **options) for number in range(count)]
+            need = blocks_at_once(asked[0], count, BlockPool(1, size), sight)
+            assert runs_at_once(need, asked, size, max_batch_tokens=100, **limits)
+
+
+def test_blocks_out_of_sight_are_no_reason_to_say_that_a_batch_has_no_room():
+    asked, sight = [ask(number, (number,) * 4, 100) for number in range(3)], Sight(8, 12)
+    need = blocks_at_once(asked[0], 3, BlockPool(1, 4), sight)
+    assert need == 3 * sight.most_blocks(BlockPool(1, 4)) < blocks_at_once(asked[0], 3, BlockPool(1, 4))
+    assert runs_at_once(need, asked, 4, max_batch_tokens=12, window=8)
 
 
 @settings(max_examples=80)

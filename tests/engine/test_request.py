@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy
 import pytest
+import torch
 
 from mindgen.engine.request import Request, SamplingParams, derive_seed
 
@@ -14,10 +16,16 @@ from mindgen.engine.request import Request, SamplingParams, derive_seed
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+        ({"max_new_tokens": True}, "max_new_tokens is True"),
+        ({"max_new_tokens": numpy.bool_(True)}, "max_new_tokens is np.True_"),
+        ({"max_new_tokens": numpy.array([1, 2])}, "max_new_tokens is array([1, 2])"),
+        ({"max_new_tokens": torch.tensor(2.5)}, "max_new_tokens is tensor(2.5000)"),
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"temperature": True}, "temperature is True"),
+        ({"temperature": numpy.float32("nan")}, "temperature is np.float32(nan)"),
+        ({"temperature": 10**400}, "temperature is 1000"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 1.01}, "top_p is 1.01"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
@@ -62,6 +70,24 @@ def test_a_value_out_of_range_is_named(options, named):
     with pytest.raises(ValueError) as caught:
         SamplingParams(**options)
     assert named in str(caught.value)
+
+
+def test_numbers_of_any_type_are_kept_as_pythons_own():
+    params = SamplingParams(
+        max_new_tokens=numpy.int64(3),
+        seed=numpy.uint64(2**64 - 1),
+        best_of=numpy.int8(2),
+        top_k=torch.tensor(3),
+        temperature=numpy.float32(0.5),
+        top_p=1,
+        stop_token_ids=[numpy.int32(4)],
+        logit_bias={numpy.int64(3): numpy.float64(1)},
+    )
+    counts, filters = ("max_new_tokens", "seed", "best_of", "top_k"), ("temperature", "top_p", "min_p")
+    assert [getattr(params, name) for name in (*counts, *filters)] == [3, 2**64 - 1, 2, 3, 0.5, 1.0, 0.0]
+    assert {type(getattr(params, name)) for name in counts} == {int}
+    assert {type(getattr(params, name)) for name in filters} == {float}
+    assert repr(params.stop_token_ids + params.logit_bias) == "(4, (3, 1.0))"
 
 
 def test_lists_and_dicts_are_kept_so_that_parameters_can_be_hashed_and_replaced():

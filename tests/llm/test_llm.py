@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy
 import pytest
 import torch
 
@@ -40,6 +41,15 @@ class TestAnswers:
         assert isinstance(text, Result) and text.prompt == "def f" and text.text
         assert [ids.token_ids, both[0].token_ids, both[1].token_ids] == [text.token_ids] * 3
         assert demo.generate([]) == []
+
+    def test_an_array_is_one_prompt_and_a_wider_one_a_list_of_them(self, demo: LLM) -> None:
+        rows = [[1, 5, 6], [1, 2, 3]]
+        wanted = [result.token_ids for result in demo.generate(rows, GREEDY)]
+        for make in (numpy.array, torch.tensor):
+            together, single = demo.generate(make(rows), GREEDY), demo.generate(make(rows[1]), GREEDY)
+            assert [result.token_ids for result in together] == wanted
+            assert single.token_ids == wanted[1]
+            assert [result.token_ids for result in demo.generate([make(rows[0])], GREEDY)] == wanted[:1]
 
     def test_chat_uses_the_template(self, demo: LLM) -> None:
         result = demo.chat(QUESTION, CHAT)

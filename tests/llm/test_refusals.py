@@ -7,7 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+import torch
 
 from mindgen import LLM, EngineConfig, SamplingParams
 from mindgen.llm.call import Call
@@ -59,6 +61,9 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
         ([1, "a"], "prompt 99: .*neither a text nor"),
         (None, "prompt 99: "),
         (b"ab", "prompt 99: .*neither a text nor"),
+        (numpy.array([[1, 2]]), "prompt 99: .*neither a text nor"),
+        (torch.tensor([[5]]), "prompt 99: .*neither a text nor"),
+        (torch.tensor([1.0, 2.0]), "prompt 99: .*neither a text nor"),
     ],
 )
 def test_one_bad_prompt_of_a_hundred_is_named_before_any_runs(demo: LLM, bad: Any, message: str) -> None:
@@ -103,13 +108,15 @@ def test_what_only_the_engine_refuses_is_named_as_the_caller_counts(
 def test_one_params_for_each_prompt(demo: LLM) -> None:
     with pytest.raises(ValueError, match="2 SamplingParams for 3 prompts"):
         demo.generate(["a"] * 3, [GREEDY] * 2)
-    with pytest.raises(ValueError, match="is not SamplingParams"):
+    with pytest.raises(
+        ValueError, match=r"0.7 is not SamplingParams; give one, such as SamplingParams\(temperature=0\)"
+    ):
         demo.generate(["a"], [0.7])
 
 
-@pytest.mark.parametrize("bad", [5, {"n": 2}, (params for params in [GREEDY])])
+@pytest.mark.parametrize("bad", [5, "greedy", {"n": 2}, (params for params in [GREEDY])])
 def test_params_of_a_wrong_type_are_told_what_to_be(demo: LLM, bad: Any) -> None:
-    with pytest.raises(ValueError, match="is of type .*; give SamplingParams, or one for each prompt"):
+    with pytest.raises(ValueError, match="is of type .*; give SamplingParams, or one for each prompt, such as S"):
         demo.generate("a", bad)
 
 
@@ -122,7 +129,7 @@ def test_what_leaves_no_room_for_the_least_answer_is_said_with_what_the_caller_g
     assert len(demo.generate([1] * 2040, SamplingParams(min_new_tokens=8)).token_ids) == 8
 
 
-@pytest.mark.parametrize("bad", [None, 5, b"ab", {"role": "user", "content": "one message"}])
+@pytest.mark.parametrize("bad", [None, 5, numpy.array(5), b"ab", {"role": "user", "content": "one message"}])
 def test_what_is_no_prompt_at_all_is_told_what_one_is(demo: LLM, bad: Any) -> None:
     with pytest.raises(ValueError, match="give a text, token ids"):
         demo.generate(bad)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mindgen.config import EngineConfig
-from mindgen.startup.cache_size import cache_bytes, num_blocks
+from mindgen.startup import cache_size
+from mindgen.startup.cache_size import cache_bytes, check_asked, num_blocks
+from mindgen.startup.ready import describe_cache
 
 GIB = 2**30
 
@@ -63,6 +66,41 @@ def test_more_than_all_sequences_can_use_is_not_taken():
 def test_a_cache_without_room_for_a_block_is_refused():
     with pytest.raises(ValueError, match=r"one cache block of 128 tokens, 2.0 MiB; raise kv_cache_memory \(--kv-cache"):
         blocks(others=0, kv_cache_memory=1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "local_ranks", "kind", "message"),
+    [
+        (
+            200,
+            1,
+            "cpu",
+            r"kv_cache_memory \(--kv-cache-memory\) is 200 GiB, and this host has 24.00 GiB of memory free",
+        ),
+        (12.5, 2, "cpu", r"is 12.5 GiB on each of 2 ranks, and this host has 24.00 GiB"),
+        (12, 2, "cpu", None),
+        (200, 1, "cuda", None),
+        (None, 1, "cpu", None),
+    ],
+)
+def test_more_than_a_cpu_host_has_free_is_refused(monkeypatch, asked, local_ranks, kind, message):
+    monkeypatch.setattr(cache_size, "free_memory", lambda device: 24 * GIB)
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        check_asked(config(kv_cache_memory=asked), torch.device(kind), local_ranks)
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "asked", "note"),
+    [(512, 4, True), (512, 1.0, False), (512, None, False), (300, 4, False)],
+)
+def test_the_cache_line_says_when_it_is_smaller_than_asked(num_blocks, asked, note):
+    spec = SimpleNamespace(max_positions=129)
+    model = SimpleNamespace(config=config(kv_cache_memory=asked), source=SimpleNamespace(spec=spec))
+    half = [torch.empty(GIB // 1024 * num_blocks, dtype=torch.uint8, device="meta")]
+    cache = SimpleNamespace(num_blocks=num_blocks, block_size=128, keys=half, values=half)
+    line = describe_cache(model, SimpleNamespace(cache=cache))
+    assert line.startswith(f"cache: {num_blocks} blocks of 128")
+    assert ("; of 4 GiB no more can be used, by 256 sequences of 129 tokens" in line) == note
 
 
 @pytest.mark.parametrize(

@@ -32,14 +32,16 @@ class WithAnother(SingleGroup):
         return torch.cat([tensor, torch.tensor([text], dtype=torch.uint8)])
 
 
-def start(folder: Path, monkeypatch: pytest.MonkeyPatch, attention: str, world: World) -> None:
+def start(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, attention: str, world: World, cache_memory: float = 0.01
+) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(ready, "load_weights", never)
     config = config_of("llama", rope_scaling=None)
     source = open_huggingface(write_folder(folder, config, random_tensors(config)))
-    options = EngineConfig(str(folder), device="cpu", dtype="fp32", attention=attention, kv_cache_memory=0.01)
+    options = EngineConfig(str(folder), device="cpu", dtype="fp32", attention=attention, kv_cache_memory=cache_memory)
     make_runner(options, source, world, CPU, 1)
 
 
@@ -48,6 +50,13 @@ def test_a_backend_that_cannot_run_ends_all_ranks_before_weights_are_read(
 ) -> None:
     with pytest.raises(RankError, match="'native' cannot run: it computes in bfloat16"):
         start(tmp_path, monkeypatch, "native", World())
+
+
+def test_a_cache_larger_than_the_host_ends_all_ranks_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RankError, match=r"kv_cache_memory \(--kv-cache-memory\) is 1e\+08 GiB, and this host has "):
+        start(tmp_path, monkeypatch, "cpu", World(), cache_memory=1e8)
 
 
 def test_ranks_whose_backends_differ_end_before_weights_are_read(

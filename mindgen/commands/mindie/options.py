@@ -52,9 +52,13 @@ class GeneratorConfig:
     max_output_length: int = option(20, "the most tokens of an answer", "--max_output_length")
     max_new_tokens: int | None = option(None, "the same; the smaller one wins", "--max_new_tokens")
     max_seq_len: int | None = option(
-        None, "the most tokens of prompt and answer together (default: the model's)", "--max_position_embeddings"
+        None,
+        "the most tokens of prompt and answer together (default: the model's; MindIE's is 2048)",
+        "--max_position_embeddings",
     )
-    max_prefill_tokens: int | None = option(None, "the same as --max-batch-tokens", "--max_prefill_tokens")
+    max_prefill_tokens: int | None = option(
+        None, "the same as --max-batch-tokens (default: as there, 2048; MindIE's is 4096)", "--max_prefill_tokens"
+    )
     npu_mem: float = option(-1, "GiB of cache on each rank; -1 is automatic", "--npu_mem")
     block_size: int | None = option(
         None, "tokens of one cache block, at most 1024 (default: 128)", "--block_size", "--block-size"

@@ -14,8 +14,11 @@ _POST_PROCESS = (
     "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "frequency_penalty", "presence_penalty",
     "seed", "logprobs", "top_logprobs", "request_ignore_eos", "length_penalty",
 )  # fmt: skip
-# What options of SamplingParams are called here, where it is not their own name.
-FLAGS = {"n": "--param_n", "num_beams": "--best_of", "logprobs": "--top_logprobs", "stop": "--stop_strings"}
+# What options of SamplingParams are called here.
+FLAGS = {
+    "n": "--param_n", "num_beams": "--best_of", "logprobs": "--top_logprobs", "stop": "--stop_strings",
+    "stop_token_ids": "--stop_token_ids",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from mindgen.commands.latency import Percentiles, Timeline, run_timed, summarise
 from mindgen.commands.predict.options import PredictConfig
 from mindgen.engine.engine import Engine
-from mindgen.engine.fits import most_blocks
+from mindgen.engine.fits import blocks_at_once
 from mindgen.engine.request import Request
+from mindgen.engine.scheduler import Scheduler
 from mindgen.startup.cache_size import MOST_SEQUENCES
 from mindgen.text.tokenizer import Tokenizer
 
@@ -36,20 +37,32 @@ def check_benchmark(options: PredictConfig, max_positions: int) -> None:
 
 
 def check_room(options: PredictConfig, engine: Engine) -> None:
-    """Every prompt of a batch must find room at once, or its figures would be those of a queue. ValueError otherwise.
-
-    The scheduler admits nobody before those who run could have one more block each.
-    """
-    pool = engine.scheduler.pool
+    """Every prompt of a batch must find room at once, or its figures would be those of a queue; else ValueError."""
+    scheduler = engine.scheduler
+    pool, params = scheduler.pool, options.params(options.max_length, forced=True)
     if pool is None:
+        _check_step(options, params.num_beams, scheduler)
         return
-    params = options.params(options.max_length, forced=True)
-    each = most_blocks(Request(0, (0,) * options.src_length, params), pool) + params.num_beams
-    if options.batch_size * each > pool.num_blocks:
+    request = Request(0, (0,) * options.src_length, params)
+    need = blocks_at_once(request, options.batch_size, pool, scheduler.sight)
+    if need > pool.num_blocks:
         raise ValueError(
-            f"--benchmark: --batch_size {options.batch_size} takes {options.batch_size * each} blocks of "
-            f"{pool.block_size} tokens at once, but the cache has {pool.num_blocks}; raise --kv-cache-memory, or lower "
-            "--batch_size, --src_length or --max_length"
+            f"--benchmark: --batch_size {options.batch_size} takes {need} blocks of {pool.block_size} tokens at once, "
+            f"but the cache has {pool.num_blocks}; raise --kv-cache-memory, or lower --batch_size, --src_length or "
+            "--max_length"
+        )
+
+
+def _check_step(options: PredictConfig, num_beams: int, scheduler: Scheduler) -> None:
+    """Without a cache all tokens of a sequence are in each of its steps; one request may be in a step alone, however
+    long it is."""
+    together = -(-options.batch_size // scheduler.num_stages)
+    need = together * num_beams * (options.src_length + options.max_length - 1)
+    if together > 1 and need > scheduler.max_batch_tokens:
+        raise ValueError(
+            f"--benchmark: --batch_size {options.batch_size} takes up to {need} tokens a step without a cache, but "
+            f"--max-batch-tokens is {scheduler.max_batch_tokens}; raise it, or lower --batch_size, --src_length or "
+            "--max_length"
         )
 
 

@@ -74,7 +74,9 @@ def _parse(number: int, line: bytes) -> Line | BadLine:
 
 def _object(line: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=_once_each)
+    except KeyError as error:
+        raise ValueError(f"has the key {error.args[0]!r} twice") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 (byte {error.start})") from None
     except (ValueError, RecursionError) as error:
@@ -82,6 +84,16 @@ def _object(line: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError('is not a JSON object; a line looks like {"src": "...", "tgt": "..."}')
     return value
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose standard leaves open which of two equal keys counts. KeyError for the second one."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise KeyError(key)
+        found[key] = value
+    return found
 
 
 def _line(number: int, value: dict[str, Any]) -> Line:

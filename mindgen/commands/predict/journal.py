@@ -10,28 +10,44 @@ from pathlib import Path
 from mindgen.commands.predict.records import Record, append_record, read_records
 
 _SPENT = 1000  # lines whose turn has come that may stand in the file before it is written anew
+_AWAY = (
+    "remove it or move it away, and only answers that had not had their turn are asked again; or begin all of the "
+    "output anew with --overwrite"
+)
 
 
 def journal_path(output_file: str) -> Path | None:
     """Where it is; None beside an output that is no regular file, or in a folder that takes no new one."""
-    path = Path(output_file).resolve()
-    if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK | os.X_OK):
-        return None
-    return path.with_name(f"{path.name}.journal")
+    if Path(output_file).exists() and not Path(output_file).is_file():
+        return None  # asked before links are followed: that to a pipe leads to a name that nothing has
+    path = Path(os.path.realpath(output_file))
+    return path.with_name(f"{path.name}.journal") if os.access(path.parent, os.W_OK | os.X_OK) else None
+
+
+def unfinished(journal: Path) -> Path:
+    """Where a journal is written anew, to be put in the place of the one before."""
+    return journal.with_name(f"{journal.name}.new")
 
 
 def read_journal(output_file: str) -> dict[int, Record]:
-    """The records in it by the numbers of their input lines. ValueError for lines that are not ours."""
+    """The records in it by the numbers of their input lines. ValueError for lines that are not ours, also in what is
+    left of one that was being written anew."""
     path = journal_path(output_file)
-    found = {} if path is None else {_number(record): record for record in read_records(path, str(path))}
-    if None in found:
-        raise ValueError(f"{path} was not written by predict; move it away, or begin anew with --overwrite")
-    return {number: record for number, record in found.items() if number is not None}
+    if path is None:
+        return {}
+    _read(unfinished(path))
+    return _read(path)
 
 
-def _number(record: Record) -> int | None:
+def _read(path: Path) -> dict[int, Record]:
+    return {_number(record, path): record for record in read_records(path, str(path), _AWAY)}
+
+
+def _number(record: Record, path: Path) -> int:
     number = record.pop("line", None)
-    return number if type(number) is int else None
+    if type(number) is not int:
+        raise ValueError(f"{path} was not written by predict; {_AWAY}")
+    return number
 
 
 class Journal:
@@ -46,6 +62,8 @@ class Journal:
         self._waiting = dict(waiting)
         self._file: int | None = None
         self._num_lines = 0
+        if path is not None:
+            unfinished(path).unlink(missing_ok=True)  # of a run that was cut off: `check_output_file` saw to it
         if waiting:
             self._begin()
 
@@ -68,22 +86,22 @@ class Journal:
         """Takes the file away, unless it holds an answer that the output does not."""
         self._end()
         if self._path is not None and not self._waiting:
-            for path in (self._path, _unfinished(self._path)):
-                path.unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
 
     def _begin(self) -> None:
         """Puts a file of what waits in the place of the one before, whole or not at all."""
         if self._path is None:
             return
-        beside = _unfinished(self._path)
+        beside = unfinished(self._path)
         with _named(self._path):
-            file = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+            file = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
             try:
                 for number, record in self._waiting.items():
                     append_record(file, record | {"line": number})
                 beside.replace(self._path)
             except BaseException:
                 os.close(file)
+                beside.unlink(missing_ok=True)
                 raise
         self._end()
         self._file, self._num_lines = file, len(self._waiting)
@@ -92,10 +110,6 @@ class Journal:
         if self._file is not None:
             os.close(self._file)
             self._file = None
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f"{path.name}.new")
 
 
 @contextmanager

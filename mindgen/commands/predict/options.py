@@ -30,8 +30,13 @@ Where PaddleNLP's code differed from its tutorial, and what holds here:
   --repetition_penalty -                     ignored without            used
                                              --block_attn
   --benchmark          forces --max_length   only without --block_attn  forces it always
+  src is a list        -                     its first text only,       chat turns: refused
+                                             without a chat template    without a chat template
+  tgt in the output,   -                     ""                         the list, as it came
+    where src is one
 """
-FLAGS = {"max_new_tokens": "--max_length", "min_new_tokens": "--min_length"}  # of SamplingParams, by other names here
+# What options of SamplingParams are called here.
+FLAGS = {"max_new_tokens": "--max_length", "min_new_tokens": "--min_length", "num_beams": "--num_beams"}
 _CHOICES = {"sampling": ("top_k", "top_p", "temperature"), "beam_search": ("num_beams", "length_penalty")}
 
 
@@ -51,7 +56,9 @@ class PredictConfig:
         "", "model_name_or_path", "a Hugging Face folder or a Megatron directory of any TP x PP"
     )
     data_file: str | None = _flag(
-        None, "data_file", 'JSON lines {"src", "tgt"}; lists are chat turns (default: a built-in prompt)'
+        None,
+        "data_file",
+        'JSON lines {"src", "tgt"}; lists are chat turns, for a chat template (default: a built-in prompt)',
     )
     output_file: str = _flag("output.json", "output_file", 'gets a JSON line {"src", "tgt", "output"} for each input')
     batch_size: int = _flag(

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mindgen.commands.files import check_apart, check_writable
-from mindgen.commands.predict.journal import journal_path
+from mindgen.commands.predict.journal import journal_path, unfinished
 from mindgen.commands.predict.options import PredictConfig
 from mindgen.commands.predict.records import Record, append_record, read_records
 
 _SECONDS_UNSYNCED = 5.0  # the most that a loss of power may take; the end of a process takes nothing
+_OTHER_FILE = "name another file, or begin it anew with --overwrite"
 Version = tuple[int, ...]  # sizes and times of the last change, which tell whether somebody has written since
+NOTHING: Version = (0,) * 6  # the version of files that are not there
 
 
 def check_output_file(options: PredictConfig) -> None:
@@ -23,15 +25,24 @@ def check_output_file(options: PredictConfig) -> None:
     Nothing is created or changed.
     """
     check_writable("--output_file", options.output_file)
-    path, journal = Path(options.output_file), journal_path(options.output_file)
+    path = Path(options.output_file)
     check_apart("--output_file", options.output_file, {"--data_file": options.data_file})
-    if journal is not None:
-        check_apart("the journal of --output_file", str(journal), {"--data_file": options.data_file})
     if path.exists() and not path.is_file() and (options.resume or options.overwrite):
         raise ValueError(f"--output_file {path} is not a regular file; --resume and --overwrite need one")
     _check_kept(path, f"--output_file {path}", options)
-    if journal is not None:
-        _check_kept(journal, f"{journal}, beside --output_file,", options)
+    if (journal := journal_path(options.output_file)) is not None:
+        _check_journal(journal, options)
+        _check_journal(unfinished(journal), options)
+
+
+def _check_journal(path: Path, options: PredictConfig) -> None:
+    check_apart("the journal of --output_file", str(path), {"--data_file": options.data_file})
+    if path.exists() and not path.is_file():
+        raise ValueError(
+            f"{path}, where answers wait beside --output_file, is no regular file; move it away, or name another "
+            "--output_file"
+        )
+    _check_kept(path, f"{path}, beside --output_file,", options)
 
 
 def _check_kept(path: Path, title: str, options: PredictConfig) -> None:
@@ -44,9 +55,9 @@ def _check_kept(path: Path, title: str, options: PredictConfig) -> None:
 
 def version_of(options: PredictConfig) -> Version:
     """The output file's and its journal's, to compare with later; one that is not there is the same as an empty one."""
-    return tuple(
-        part for path in (Path(options.output_file), journal_path(options.output_file)) for part in _state(path)
-    )
+    journal = journal_path(options.output_file)
+    beside = (None, None) if journal is None else (journal, unfinished(journal))
+    return tuple(part for path in (Path(options.output_file), *beside) for part in _state(path))
 
 
 def _state(path: Path | None) -> tuple[int, int]:
@@ -58,7 +69,7 @@ def _state(path: Path | None) -> tuple[int, int]:
 def finished_records(options: PredictConfig) -> Iterator[Record]:
     """The complete lines of a run that this one is to continue. ValueError for lines that are not ours."""
     if options.resume:
-        yield from read_records(Path(options.output_file), f"--output_file {options.output_file}")
+        yield from read_records(Path(options.output_file), f"--output_file {options.output_file}", _OTHER_FILE)
 
 
 class OutputFile:

@@ -19,24 +19,24 @@ def append_record(file: int, record: Record) -> None:
         left = left[os.write(file, left) :]
 
 
-def read_records(path: Path, title: str, keys: tuple[str, ...] = _KEYS) -> Iterator[Record]:
+def read_records(path: Path, title: str, remedy: str) -> Iterator[Record]:
     """The records of a file, without the half line that a crash may leave at its end; none if it is not there.
 
-    Raises ValueError, which calls the file by its `title`, for a line that is no object with these keys.
+    Raises ValueError, which calls the file by its `title` and says the `remedy`, for a line that is none.
     """
     if not path.is_file():
         return
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):
-                yield _record(line, f"line {number} of {title}", keys)
+                yield _record(line, f"line {number} of {title} was not written by predict; {remedy}")
 
 
-def _record(line: bytes, where: str, keys: tuple[str, ...]) -> Record:
+def _record(line: bytes, refusal: str) -> Record:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
         value = None
-    if not isinstance(value, dict) or not set(keys) <= set(value):
-        raise ValueError(f"{where} was not written by predict; name another file, or begin it anew with --overwrite")
+    if not isinstance(value, dict) or not set(_KEYS) <= set(value):
+        raise ValueError(refusal)
     return value

@@ -99,8 +99,8 @@ def answers(
     queue: deque[Asked] = deque()  # all that were asked and not given out yet, in order
     running: dict[int, Asked] = {}
     while True:
-        room = min(prompter.options.batch_size - len(running), _MOST_HELD + prompter.options.batch_size - len(queue))
-        for prompt in islice(prompts, max(0, room)):
+        most = prompter.options.batch_size
+        while len(running) < most and len(queue) < _MOST_HELD + most and (prompt := next(prompts, None)):
             queue.append(_asked(prompt, found.waiting.get(prompt.line.number)))
             if not queue[-1].has_ended:
                 engine.submit(prompt.request(prompter.options))
@@ -157,7 +157,7 @@ def _changed(prompter: Prompter, line: BadLine) -> ValueError:
 
 def _check_largest(found: Survey, prompter: Prompter, engine: Engine) -> None:
     assert found.largest is not None
-    asked = f"line {found.largest.line.number}: ", found.largest.request(prompter.options)
+    asked = f"line {found.largest.line.number}", found.largest.request(prompter.options)
     check_served(engine, [asked], FLAGS)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from mindgen.commands.predict.data import BadLine
 from mindgen.commands.predict.journal import journal_path, read_journal
 from mindgen.commands.predict.options import PredictConfig
-from mindgen.commands.predict.output import Version, version_of
+from mindgen.commands.predict.output import NOTHING, Version, version_of
 from mindgen.commands.predict.prompts import Prompt, Prompter
 from mindgen.commands.predict.records import Record
 from mindgen.engine.blocks import BlockPool
@@ -26,7 +26,7 @@ class Survey:
     bad: the first of the lines that cannot be used. waiting: the answers to later lines in the journal, by line number.
     """
 
-    checked: Version = (0, 0, 0, 0)
+    checked: Version = NOTHING
     num_lines: int = 0
     num_done: int = 0
     num_failed: int = 0
@@ -92,7 +92,7 @@ def survey(prompter: Prompter, done: Iterator[Record]) -> Survey:
         )
     if next(done, None) is not None:
         raise ValueError(
-            f"--output_file {options.output_file} holds more lines than {options.data_file} has; {_OTHER_RUN}"
+            f"--output_file {options.output_file} holds more lines than {_input(options)} has; {_OTHER_RUN}"
         )
     if waiting:
         raise ValueError(
