@@ -59,6 +59,9 @@ class EngineConfig:
         "share of the free memory for the cache; the ranks of a host divide it on a CPU, where it is 0.3 by default, "
         "and each has it of its own device on CUDA and NPU, where it is 0.9",
     )
+    capture_graphs: bool = option(
+        False, "capture the steps of decoding as graphs and replay them, where the device has graphs (CUDA)"
+    )
     prefix_reuse: bool = option(True, "compute what prompts begin with in common only once, while the cache has it")
 
     def __post_init__(self) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mindgen.config import named
 
@@ -73,6 +74,34 @@ def synchronize(device: torch.device) -> None:
     """Waits until the device has done what was asked of it."""
     if device.type != "cpu":
         _module(device.type).synchronize(device)
+
+
+def no_graphs(device: torch.device) -> str | None:
+    """Why what the device is asked for cannot be captured; None if it can."""
+    reasons = {"cpu": "a CPU has none", "npu": "those of an NPU are not captured yet"}
+    return reasons.get(device.type)
+
+
+class Recorder:
+    """Captures graphs on one device. They share the memory of what they compute in between: one runs at a time.
+
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
+
+    def __init__(self, device: torch.device):
+        self._module = _module(device.type)
+        self._pool = self._module.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """What does again all that `run` asks of the device, and the tensor that it fills each time.
+
+        `run` has run before. It reads and writes tensors that stay where they are, and waits for no value. Only this
+        thread is held to that: others may go on using the device.
+        """
+        graph = self._module.CUDAGraph()
+        with self._module.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = run()
+        return graph.replay, result
 
 
 def free_memory(device: torch.device) -> int:

@@ -1,13 +1,24 @@
 from __future__ import annotations
 
+import inspect
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mindgen import device as devices
-from mindgen.device import backend_name, choose, free_memory, library_name, pick_device, set_current, synchronize
+from mindgen.device import (
+    Recorder,
+    backend_name,
+    choose,
+    free_memory,
+    library_name,
+    pick_device,
+    set_current,
+    synchronize,
+)
 
 CPU = torch.device("cpu")
 GIBIBYTE = 1 << 30
@@ -158,3 +169,25 @@ def test_a_memory_limit_of_the_first_cgroup_version_counts(tmp_path):
 
 def test_no_cgroup_is_no_limit(tmp_path):
     assert devices._cgroup_rooms(tmp_path / "nothing", tmp_path) == []
+
+
+def test_a_graph_is_captured_as_torch_has_it(monkeypatch):
+    """All of a device but the device: what is captured is between the calls that begin and end it."""
+    calls = []
+
+    @contextmanager
+    def graph(*arguments, **options):
+        inspect.signature(torch.cuda.graph).bind(*arguments, **options)
+        calls.append((arguments, options["pool"]))
+        yield
+        calls.append("end")
+
+    made = SimpleNamespace(replay=lambda: calls.append("replay"))
+    module = SimpleNamespace(CUDAGraph=lambda: made, graph=graph, graph_pool_handle=lambda: "pool")
+    assert all(hasattr(torch.cuda, name) for name in vars(module))
+    monkeypatch.setattr(devices, "_module", lambda kind: module)
+    record = Recorder(torch.device("cuda"))
+    replay, result = record(lambda: calls.append("run") or torch.ones(2))
+    assert calls == [((made,), "pool"), "run", "end"] and result.tolist() == [1, 1]
+    replay()
+    assert calls[3:] == ["replay"]

@@ -20,7 +20,7 @@ class Scores:
     scale: what products of queries and keys are multiplied by.
     windows: for each layer how many tokens a query sees, itself included; None is all before.
     softcap: scores x become softcap * tanh(x / softcap).
-    slopes: [H] float32; a key n tokens back loses slope * n (ALiBi, Press et al. 2022).
+    slopes: [H] float32 on the model's device; a key n tokens back loses slope * n (ALiBi, Press et al. 2022).
     """
 
     scale: float
@@ -39,7 +39,7 @@ class Scores:
         if self.slopes is None:
             return None
         distance = (context - positions.unsqueeze(-1)).float()
-        return self.slopes.to(distance.device)[:, None] * distance.unsqueeze(-2)
+        return self.slopes[:, None] * distance.unsqueeze(-2)
 
 
 def attend(

@@ -68,14 +68,14 @@ def _world_size(job: HasModel | None) -> int:
 
 def _join(ranks: Ranks, job: J | None, error: str | None, serve: Serve[J]) -> int:
     """One rank's life: connect, agree that all is well, load, and serve or follow."""
-    from mindgen.startup.ready import describe_cache, make_engine
+    from mindgen.startup.ready import describe, make_engine
 
     with ready_rank(ranks, None if job is None else job.model, error) as (model, runner):
         if ranks.place.rank:
             runner.follow()
             return 0
         assert job is not None
-        for note in (*model.notes, describe_cache(model, runner)):
+        for note in (*model.notes, *describe(model, runner)):
             print(note, file=sys.stderr)
         engine = make_engine(model, runner)
         code = serve(job, engine)

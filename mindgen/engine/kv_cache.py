@@ -18,6 +18,7 @@ class KVCache:
     On CPU they are views of memory [H, num_blocks, block_size, D], so that the keys of one head in neighbouring blocks
     are one matrix, and memory is taken from the system only as it is written. The cache starts as zeros, so that a
     kernel which reads a whole block and masks afterwards meets no NaN.
+    has_spare: one more block for what nobody reads; `spare_block` is its number, None without it.
     """
 
     def __init__(
@@ -29,9 +30,11 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        has_spare: bool = False,
     ) -> None:
-        sizes = (num_blocks, block_size, num_kv_heads, head_dim)
+        sizes = (num_blocks + has_spare, block_size, num_kv_heads, head_dim)
         self.num_blocks = num_blocks
+        self.spare_block = num_blocks if has_spare else None
         self.block_size = block_size
         self.device = torch.device(device)
         self.keys = [_zeros(sizes, dtype, self.device) for _ in range(num_layers)]

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mindgen.attention.backend import AttentionBackend
 from mindgen.device import sampling_device
 from mindgen.engine.batch import Batch
 from mindgen.engine.kv_cache import KVCache
@@ -47,25 +48,33 @@ class Stage(Protocol):
         ...
 
 
-class Attention(Protocol):
-    """An attention backend."""
+class Graphs(Protocol):
+    """Computes some steps by other means; see graphs.py."""
 
-    def prepare(self, batch: Batch, cache: KVCache | None) -> Any:
-        """What `Stage.forward` takes as context."""
+    def forward(self, batch: Batch, hidden: Tensor | None) -> Tensor | None:
+        """What `Stage.forward` gives, or None for a step that is not for it."""
         ...
 
 
 class Runner:
-    """Computes steps on one rank. `cache` is None where every step computes whole sequences."""
+    """Computes steps on one rank. `cache` is None where every step computes whole sequences, `graphs` where none are
+    captured."""
 
     def __init__(
-        self, model: Stage, cache: KVCache | None, backend: Attention, world: World, device: torch.device
+        self,
+        model: Stage,
+        cache: KVCache | None,
+        backend: AttentionBackend,
+        world: World,
+        device: torch.device,
+        graphs: Graphs | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.backend = backend
         self.world = world
         self.device = device
+        self.graphs = graphs
         self._launched: deque[Batch] = deque()  # rank 0: steps whose results are not collected
         self._results: deque[Tensor] = deque()  # where rank 0 is the last stage too
 
@@ -136,13 +145,18 @@ class Runner:
     def _compute(self, batch: Batch) -> None:
         if self.cache is not None:
             self.cache.copy(batch.copies)
-        inputs = batch.tokens.to(self.device) if self._is_first else self._receive_hidden(batch.num_tokens)
-        context = self.backend.prepare(batch, self.cache)
-        hidden = self.model.forward(inputs, context)
+        hidden = self._forward(batch, None if self._is_first else self._receive_hidden(batch.num_tokens))
         if self._is_last:
             self._finish(hidden, batch)
         else:
             self._pass_on(hidden)
+
+    def _forward(self, batch: Batch, hidden: Tensor | None) -> Tensor:
+        """This stage's hidden states from those of the stage before, or from the batch's tokens."""
+        if self.graphs is not None and (found := self.graphs.forward(batch, hidden)) is not None:
+            return found
+        context = self.backend.prepare(batch, self.cache)
+        return self.model.forward(batch.tokens.to(self.device) if hidden is None else hidden, context)
 
     def _receive_hidden(self, num_tokens: int) -> Tensor:
         hidden = torch.empty(num_tokens, self.model.hidden_size, dtype=self.model.dtype, device=self.device)

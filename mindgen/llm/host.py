@@ -178,9 +178,9 @@ class Host:
         self._end(PeerLost(f"{reason}; this LLM cannot go on, make a new one"))
 
     def _serve(self, model: Opened, runner: Runner) -> None:
-        from mindgen.startup.ready import describe_cache, make_engine
+        from mindgen.startup.ready import describe, make_engine
 
-        notes = (*model.notes, describe_cache(model, runner))
+        notes = (*model.notes, *describe(model, runner))
         if self.follows:
             self._model.set_result((model, notes))
             runner.follow(self._hear)

@@ -49,18 +49,18 @@ def build_stage(
         final_layernorm=builder.norm("decoder.final_layernorm") if topology.is_last_stage else None,
         output_layer=builder.head() if topology.is_last_stage else None,
         rope=RotaryEmbedding(spec, dtype, device) if spec.positions == "rope" else None,
-        scores=make_scores(spec, topology, layers),
+        scores=make_scores(spec, topology, layers, device),
         tp=tp,
         spec=spec,
     )
 
 
-def make_scores(spec: ModelSpec, topology: Topology, layers: Sequence[int]) -> Scores:
+def make_scores(spec: ModelSpec, topology: Topology, layers: Sequence[int], device: torch.device) -> Scores:
     """What attention computes in `layers` (global numbers) on one tensor rank."""
     slopes = None
     if spec.positions == "alibi":
         each = spec.num_heads // topology.tp
-        slopes = alibi_slopes(spec.num_heads)[topology.tp_rank * each :][:each]
+        slopes = alibi_slopes(spec.num_heads)[topology.tp_rank * each :][:each].to(device)
     scale = (spec.query_scalar or spec.head_dim) ** -0.5
     return Scores(scale, tuple(spec.window(layer) for layer in layers), spec.attention_softcap, slopes)
 

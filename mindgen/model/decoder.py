@@ -89,13 +89,14 @@ class Embedding(nn.Module):
             word_embeddings.add_module("norm", norm)  # MindSpeed-LLM's name for it
         self._norm = (norm,)  # under no second name
         self.position_embeddings = position_embeddings
-        self._scale = scale
+        # rounded as the numbers that it multiplies, and a number of the host's: a tensor made in each step costs a copy
+        self._scale = None if scale is None else float(torch.tensor(scale, dtype=word_embeddings.weight.dtype))
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Token ids and positions [T] -> [T, hidden]."""
         hidden = self.word_embeddings(tokens)
         if self._scale is not None:
-            hidden = hidden * torch.tensor(self._scale, dtype=hidden.dtype, device=hidden.device)
+            hidden = hidden * self._scale
         if self._norm[0] is not None:
             hidden = self._norm[0](hidden)
         return hidden if self.position_embeddings is None else hidden + self.position_embeddings(positions)
@@ -154,6 +155,11 @@ class Decoder(nn.Module):
     def head_dim(self) -> int:
         """Elements of a head."""
         return self._layers[0].self_attention.head_dim
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether layers of the model have experts, on this stage or another."""
+        return self._spec.num_experts is not None
 
     @property
     def hidden_size(self) -> int:

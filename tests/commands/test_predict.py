@@ -68,7 +68,8 @@ def test_greedy_and_the_default_of_top_k_1_give_what_generate_gives(
     prompts = ("def add(a, b):", "class Point:")
     data = written(tmp_path / "in", *({"src": prompt} for prompt in prompts))
     flags = ("--data_file", data, "--chat_template", "none", "--max_length", "16", "--quiet")
-    assert run(*flags, "--decode_strategy", "greedy_search", "--output_file", "greedy")[0] == 0
+    code, _, err = run(*flags, "--decode_strategy", "greedy_search", "--output_file", "greedy", "--mode", "static")
+    assert code == 0 and "\ngraphs: none are captured: a CPU has none\n" in err
     assert run(*flags, "--output_file", "default", "--batch_size", "2")[:2] == (0, "")
     assert (
         main(["generate", "--load", str(DEMO), "--device", "cpu", "--max-new-tokens", "16", "--prompt", prompts[0]])
@@ -345,7 +346,8 @@ def test_switches_are_given_in_three_ways_and_told_what_they_mean() -> None:
         assert options.block_attn and options.inference_model and not notes
     config, options, notes = read_flags([*model, "--block_attn", "0", "--mode", "static", "--append_attn"])
     assert not options.block_attn and (config.block_size, config.device) == (64, "auto")
-    assert len(notes) == 3 and "--append_attn" in notes[0] and "paged" in notes[1] and "eagerly" in notes[2]
+    assert len(notes) == 2 and "--append_attn" in notes[0] and "paged" in notes[1]
+    assert config.capture_graphs and not read_flags(model)[0].capture_graphs
     config, _, _ = read_flags([*model, "--device", "gpu", "--dtype", "bfloat16", "--block_size", "32"])
     assert (config.device, config.dtype, config.block_size) == ("cuda", "bf16", 32)
     assert "PaddleNLP's code" in parser().format_help()

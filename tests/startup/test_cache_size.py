@@ -11,7 +11,7 @@ import torch
 from mindgen.config import EngineConfig
 from mindgen.startup import cache_size
 from mindgen.startup.cache_size import cache_bytes, check_asked, num_blocks
-from mindgen.startup.ready import describe_cache
+from mindgen.startup.ready import describe
 
 GIB = 2**30
 
@@ -98,7 +98,7 @@ def test_the_cache_line_says_when_it_is_smaller_than_asked(num_blocks, asked, no
     model = SimpleNamespace(config=config(kv_cache_memory=asked), source=SimpleNamespace(spec=spec))
     half = [torch.empty(GIB // 1024 * num_blocks, dtype=torch.uint8, device="meta")]
     cache = SimpleNamespace(num_blocks=num_blocks, block_size=128, keys=half, values=half)
-    line = describe_cache(model, SimpleNamespace(cache=cache))
+    (line,) = describe(model, SimpleNamespace(cache=cache))
     assert line.startswith(f"cache: {num_blocks} blocks of 128")
     assert ("; of 4 GiB no more can be used, by 256 sequences of 129 tokens" in line) == note
 

@@ -9,7 +9,7 @@ from mindgen.commands.flags import Parser, add_flags, from_flags
 from mindgen.commands.predict.options import DEVICES, DIFFERENCES, DTYPES, PredictConfig
 from mindgen.config import EngineConfig
 
-_ENGINE_BY_OTHER_NAMES = ("model", "device", "dtype", "block_size")
+_ENGINE_BY_OTHER_NAMES = ("model", "device", "dtype", "block_size", "capture_graphs")
 _QUANTISATION = "mindgen does not quantise yet; leave it out, and the weights run in --dtype"
 _SPECULATION = "mindgen does not decode speculatively yet; leave it out, and the answers are the same"
 _PREFIX = "mindgen does not load prefix-tuned models yet; use the model without its prefix"
@@ -72,6 +72,7 @@ def read_flags(arguments: list[str]) -> tuple[EngineConfig, PredictConfig, list[
         device=DEVICES[options.device],
         dtype=DTYPES[options.dtype] if options.dtype else None,
         block_size=options.block_size,
+        capture_graphs=options.mode == "static",
     )
     return config, options, _notes(parsed, options)
 
@@ -91,8 +92,6 @@ def _notes(parsed: argparse.Namespace, options: PredictConfig) -> list[str]:
             notes.append(f"--{name} False: {fact} all the same; the answers do not depend on it")
     if options.idle:
         notes.append(f"no effect with --decode_strategy {options.decode_strategy}: {', '.join(options.idle)}")
-    if options.mode == "static":
-        notes.append("--mode static: nothing is captured or compiled on any device yet; the model runs eagerly")
     return notes
 
 

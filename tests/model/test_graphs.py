@@ -1,0 +1,227 @@
+"""Steps replayed from graphs give what the model computes. Recorded operations stand for the graphs of a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mindgen.attention.backend import choose_backend
+from mindgen.attention.decodes import DecodeRows
+from mindgen.attention.sdpa import SdpaAttention
+from mindgen.config import EngineConfig
+from mindgen.engine.graphs import Shape, StepGraphs, why_no_graphs
+from mindgen.engine.kv_cache import KVCache
+from mindgen.engine.request import Output, Request, SamplingParams
+from mindgen.engine.runner import Runner
+from mindgen.model.build import build_stage
+from mindgen.model.decoder import Decoder
+from mindgen.parallel.group import SingleGroup
+from mindgen.parallel.topology import SINGLE, Topology
+from mindgen.parallel.world import World
+from mindgen.startup.opened import Opened
+from mindgen.startup.ready import make_engine, make_runner
+from mindgen.weights.load import load_weights
+from mindgen.weights.open import open_source
+from tests.attention.paged import make_batch
+from tests.checkpoints import CASES, prompts
+from tests.model.recorded import Recorder, tensors
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+WITH_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
+DENSE = [case for case in CASES if case not in WITH_EXPERTS]
+ROUNDING = 1e-4  # a context filled up with columns that nobody sees is summed in another order
+GREEDY = SamplingParams(max_new_tokens=24, temperature=0.0, logprobs=0)
+
+
+def requests() -> list[Request]:
+    """Of several lengths, so that the number of those that decode together goes up and down; samples that fork."""
+    lengths = (24, 9, 17, 30, 5, 12)
+    asked = [replace(GREEDY, max_new_tokens=length) for length in lengths]
+    asked[1] = SamplingParams(max_new_tokens=9, seed=5, n=2, logprobs=0)
+    return [
+        Request(number, tuple(ids), params) for number, (ids, params) in enumerate(zip(prompts(6), asked, strict=True))
+    ]
+
+
+Said = dict[tuple[int, int], list[tuple[int, float]]]  # tokens and log-probabilities of each sample
+
+
+def answers(opened: Opened, runner: Runner) -> Said:
+    found: Said = {}
+    for output in make_engine(opened, runner).run(requests()):
+        found.setdefault((output.request_id, output.index), []).extend(_said(output))
+    return found
+
+
+def _said(output: Output) -> list[tuple[int, float]]:
+    return [(one.token_id, one.logprob) for one in output.logprobs or ()]
+
+
+def check(found: Said, expected: Said) -> None:
+    for key, said in expected.items():
+        tokens, logprobs = zip(*said, strict=True)
+        assert tuple(token for token, _ in found[key]) == tokens
+        assert [logprob for _, logprob in found[key]] == pytest.approx(logprobs, abs=ROUNDING)
+
+
+def twins(folder: Path, recorder: Any) -> tuple[Opened, Runner, Runner]:
+    """A runner of the model, and another over a cache of its own that replays."""
+    config = EngineConfig(str(folder), dtype="fp32", attention="sdpa", block_size=8, max_batch_tokens=48)
+    config = replace(config, kv_cache_memory=0.004)
+    source = open_source(folder)
+    plain = make_runner(config, source, World(), CPU, 1)
+    model, cache = plain.model, plain.cache
+    assert isinstance(model, Decoder) and cache is not None
+    sizes = (cache.num_blocks, cache.block_size, model.num_kv_heads, model.head_dim)
+    spare = KVCache(model.num_layers, *sizes, model.dtype, CPU, has_spare=True)
+    graphs = StepGraphs(model, spare, plain.backend, recorder)
+    return Opened(config, source), plain, Runner(model, spare, plain.backend, World(), CPU, graphs)
+
+
+@pytest.mark.parametrize("case", DENSE)
+def test_answers_are_those_of_the_model(case: str, checkpoint: Callable[[str], Path]) -> None:
+    recorder = Recorder()
+    opened, plain, replaying = twins(checkpoint(case), recorder)
+    expected, found = answers(opened, plain), answers(opened, replaying)
+    assert isinstance(replaying.graphs, StepGraphs) and replaying.graphs.num_replayed == recorder.num_captures >= 3
+    assert recorder.num_replays >= 20
+    check(found, expected)
+    assert plain.cache is not None and replaying.cache is not None
+    blocks = slice(plain.cache.num_blocks)
+    for memory in ("keys", "values"):
+        ours, theirs = torch.stack(getattr(replaying.cache, memory)), torch.stack(getattr(plain.cache, memory))
+        torch.testing.assert_close(ours[:, blocks], theirs, atol=ROUNDING, rtol=ROUNDING)
+
+
+def test_every_stage_of_a_pipeline_replays(checkpoint: Callable[[str], Path]) -> None:
+    """The later one takes hidden states, nothing that was passed on is overwritten by the next step, and where there
+    are fewer sequences than before nothing is written for those that left: others have their blocks."""
+    source = open_source(checkpoint("gemma2"))
+    more, fewer = [(1, 9), (1, 3), (1, 5), (1, 20)], [(1, 9), (1, 3), (1, 28)]  # whose third has the fourth's slot
+    mixes = [more, fewer] * 4
+    results: list[tuple[Tensor, Tensor]] = [(torch.zeros(0), torch.zeros(0))] * len(mixes)
+    for rank in range(2):
+        topology, recorder = Topology(rank, 1, 2), Recorder()
+        model = build_stage(source.spec, topology, SingleGroup(), torch.float32, CPU)
+        load_weights(model, source, topology)
+        sizes = (model.num_layers, 40, 4, model.num_kv_heads, model.head_dim, model.dtype, CPU)
+        ours, theirs = KVCache(*sizes, has_spare=True), KVCache(*sizes)
+        graphs = StepGraphs(model, ours, SdpaAttention(model.scores), recorder)
+        for step, mix in enumerate(mixes):
+            batch = make_batch(mix)
+            batch.tokens, batch.num_tokens = torch.tensor([7, 40 + step, 99, 3])[: len(mix)], len(mix)
+            hidden, expected = results[step] if rank else (None, batch.tokens)
+            with torch.inference_mode():
+                found = graphs.forward(batch, hidden)
+                expected = model(expected, SdpaAttention(model.scores).prepare(batch, theirs))
+            assert found is not None
+            results[step] = found, expected
+        assert recorder.num_captures == 1 and recorder.num_replays >= 6
+        torch.testing.assert_close(torch.stack(ours.keys)[:, :40], torch.stack(theirs.keys))
+    for found, expected in results:
+        torch.testing.assert_close(found, expected)
+
+
+def test_steps_with_longer_queries_are_not_for_graphs() -> None:
+    batch = make_batch([(1, 9), (2, 3)])
+    batch.num_tokens = 3
+    assert Shape.of(batch) is None
+    batch = make_batch([(1, 9), (1, 3), (1, 14)])
+    batch.num_tokens = 3
+    assert Shape.of(batch) == Shape(rows=4, blocks=4)
+
+
+def test_a_graph_that_keeps_a_number_of_its_capture_is_not_used(
+    checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here all of them: it replays nothing. The answers stay right."""
+
+    def forgetful(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        return lambda: None, run()
+
+    opened, plain, replaying = twins(checkpoint("llama31"), forgetful)
+    check(answers(opened, replaying), answers(opened, plain))
+    assert isinstance(replaying.graphs, StepGraphs) and replaying.graphs.num_replayed == 0
+    assert "graphs: a replayed step differs from the model's" in capsys.readouterr().err
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails where tensors of two devices meet, or one goes to another; on `meta` no value can be asked for at all."""
+
+    def __init__(self, may_bring: bool) -> None:
+        super().__init__()
+        self._may_bring = may_bring
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        kinds = {tensor.device.type for tensor in tensors((args, kwargs, results))}
+        is_bringing = func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.to) and self._may_bring
+        assert kinds <= {"meta"} or kinds <= {"cpu"} or is_bringing, f"{func} has tensors on {kinds}"
+        return results
+
+
+def on_meta(folder: Path) -> tuple[Decoder, KVCache]:
+    model = build_stage(open_source(folder).spec, SINGLE, SingleGroup(), torch.bfloat16, META)
+    return model, KVCache(model.num_layers, 40, 4, model.num_kv_heads, model.head_dim, torch.bfloat16, META)
+
+
+@pytest.mark.parametrize("case", DENSE)
+def test_a_step_of_decodes_stays_on_its_device(case: str, checkpoint: Callable[[str], Path]) -> None:
+    """What a device with graphs asks of a step: no copy from the host and no value that the host waits for."""
+    model, cache = on_meta(checkpoint(case))
+    number = torch.zeros(3, dtype=torch.int64, device=META)
+    rows = DecodeRows(number, number, number, number, torch.zeros(3, 4, dtype=torch.int64, device=META))
+    with torch.inference_mode(), OneDevice(may_bring=False):
+        context = SdpaAttention(model.scores).prepare_decodes(rows, cache)
+        assert model.logits(model(number, context)).shape == (3, 331)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("case", DENSE)
+def test_devices_do_not_meet_in_any_step(
+    case: str, cached: bool, backend: str, checkpoint: Callable[[str], Path]
+) -> None:
+    """Prompts, chunks and decodes on a device that is not the CPU, where the scheduler's numbers come from."""
+    model, cache = on_meta(checkpoint(case))
+    batch = make_batch([(5, 5), (1, 9), (3, 11), (1, 2)] if cached else [(5, 5), (9, 9)])
+    tokens = torch.zeros(len(batch.positions), dtype=torch.int64, device=META)
+    with torch.inference_mode(), OneDevice(may_bring=True):
+        context = choose_backend(backend, model.scores, META).prepare(batch, cache if cached else None)
+        assert model.logits(model(tokens, context)).shape == (len(tokens), 331)
+
+
+@pytest.mark.parametrize(
+    ("device", "tp", "case", "attention", "has_cache", "reason"),
+    [
+        ("cuda", 1, "llama31", "sdpa", True, None),
+        ("cpu", 1, "llama31", "sdpa", True, "a CPU has none"),
+        ("npu", 1, "llama31", "sdpa", True, "those of an NPU are not captured yet"),
+        ("cuda", 2, "llama31", "sdpa", True, "2 tensor parallel ranks meet in every layer"),
+        ("cuda", 1, "llama31", "sdpa", False, "without a cache every step has other sizes"),
+        ("cuda", 1, "llama31", "reference", True, "attention 'reference' goes from sequence to sequence"),
+        ("cuda", 1, "mixtral", "sdpa", True, "which experts have tokens is looked up in every step"),
+    ],
+)
+def test_why_nothing_is_captured_is_said(
+    device: str, tp: int, case: str, attention: str, has_cache: bool, reason: str | None,
+    checkpoint: Callable[[str], Path],
+) -> None:  # fmt: skip
+    model, _ = on_meta(checkpoint(case))
+    backend = choose_backend(attention, model.scores, META)
+    place = Topology(0, tp, 1)
+    # torch of a CPU knows no torch.device("npu")
+    said = why_no_graphs(_Named(device), place, model, backend, has_cache)  # type: ignore[arg-type]
+    assert said == reason if reason is None else said is not None and said.startswith(reason)
+
+
+class _Named:
+    def __init__(self, name: str) -> None:
+        self.type = name
