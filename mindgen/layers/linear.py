@@ -34,8 +34,8 @@ class PackedWeight(nn.Module):
         return self.weight if self.weight.dim() == 3 else None
 
     def take_weight(self, weight: Tensor) -> None:
-        """Fills `weight` with a tensor of its shape and dtype; the tensor may be mapped memory and is not kept."""
-        layout = packed(weight)
+        """Fills `weight` with a tensor of its shape and dtype on the CPU, maybe mapped memory, which is not kept."""
+        layout = packed(weight) if self.weight.device.type == "cpu" else weight
         if layout is weight:
             self.weight.data.copy_(weight)
         else:

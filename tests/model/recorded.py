@@ -42,7 +42,8 @@ class Recording(TorchDispatchMode):
 
 def place(tensor: Tensor) -> int:
     """Where its memory is; packed weights, which nobody writes, do not tell."""
-    return 0 if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()
+    numbers: Tensor = getattr(tensor, "held", tensor)
+    return 0 if numbers.is_mkldnn else numbers.untyped_storage().data_ptr()
 
 
 def tensors(tree: Any) -> list[Tensor]:

@@ -1,0 +1,5 @@
+"""Fixtures of this folder."""
+
+from tests.model.accelerator import accelerator
+
+__all__ = ["accelerator"]
