@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -85,8 +86,11 @@ def no_graphs(device: torch.device) -> str | None:
 class Recorder:
     """Captures graphs on one device. They share the memory of what they compute in between: one runs at a time.
 
+    torch has one stream for captures in a process, so that its threads take turns.
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
+
+    _turn = Lock()
 
     def __init__(self, device: torch.device):
         self._module = _module(device.type)
@@ -99,7 +103,7 @@ class Recorder:
         thread is held to that: others may go on using the device.
         """
         graph = self._module.CUDAGraph()
-        with self._module.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with self._turn, self._module.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = run()
         return graph.replay, result
 

@@ -57,8 +57,11 @@ class Graphs(Protocol):
 
 
 class Runner:
-    """Computes steps on one rank. `cache` is None where every step computes whole sequences, `graphs` where none are
-    captured."""
+    """Computes steps on one rank.
+
+    cache: None where every step computes whole sequences. graphs: None where nothing is captured; no_graphs: why that
+    is so even for those who ask for it, if it is.
+    """
 
     def __init__(
         self,
@@ -68,13 +71,14 @@ class Runner:
         world: World,
         device: torch.device,
         graphs: Graphs | None = None,
+        no_graphs: str | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.backend = backend
         self.world = world
         self.device = device
-        self.graphs = graphs
+        self.graphs, self.no_graphs = graphs, no_graphs
         self._launched: deque[Batch] = deque()  # rank 0: steps whose results are not collected
         self._results: deque[Tensor] = deque()  # where rank 0 is the last stage too
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from mindgen.attention.backend import AttentionBackend, choose_backend
+from mindgen.attention.backend import choose_backend
 from mindgen.config import PRECISIONS, EngineConfig, named
 from mindgen.engine.blocks import BlockPool
 from mindgen.engine.engine import Engine
@@ -45,31 +45,26 @@ def make_runner(config: EngineConfig, source: Source, world: World, device: torc
     world.same(f"the attention backend, which {named('attention')} can settle,", backend.name)
     _together(world, lambda: _load(config, source, world, model))
     cache = graphs = None
-    captures = config.capture_graphs and _no_graphs(config, model, backend, world, device) is None
+    no_graphs = why_no_graphs(device, world.topology, model, backend, config.use_kv_cache)
+    captures = config.capture_graphs and no_graphs is None
     if config.use_kv_cache:
         _together(world, lambda: check_asked(config, device, local_ranks))  # the weights took their part
         blocks = num_blocks(config, source.spec, model, world, local_ranks)
         sizes = (blocks, config.block_size, model.num_kv_heads, model.head_dim)
         cache = _together(world, lambda: KVCache(model.num_layers, *sizes, model.dtype, device, has_spare=captures))
         graphs = StepGraphs(model, cache, backend) if captures else None
-    return Runner(model, cache, backend, world, device, graphs)
+    return Runner(model, cache, backend, world, device, graphs, no_graphs)
 
 
 def describe(model: Opened, runner: Runner) -> tuple[str, ...]:
     """What was settled, a line each: the cache, and graphs if they were asked for."""
-    config = model.config
-    if not config.capture_graphs:
-        return (_describe_cache(model, runner),)
-    assert isinstance(runner.model, Decoder)
-    reason = _no_graphs(config, runner.model, runner.backend, runner.world, runner.device)
-    used = "steps of decoding are captured and replayed" if reason is None else f"none are captured: {reason}"
-    return _describe_cache(model, runner), f"graphs: {used}"
-
-
-def _no_graphs(
-    config: EngineConfig, model: Decoder, backend: AttentionBackend, world: World, device: torch.device
-) -> str | None:
-    return why_no_graphs(device, world.topology, model, backend, config.use_kv_cache)
+    cache = _describe_cache(model, runner)
+    if not model.config.capture_graphs:
+        return (cache,)
+    used = (
+        f"none are captured: {runner.no_graphs}" if runner.no_graphs else "steps of decoding are captured and replayed"
+    )
+    return cache, f"graphs: {used}"
 
 
 def _describe_cache(model: Opened, runner: Runner) -> str:

@@ -16,7 +16,7 @@ from mindgen.attention.backend import choose_backend
 from mindgen.attention.decodes import DecodeRows
 from mindgen.attention.sdpa import SdpaAttention
 from mindgen.config import EngineConfig
-from mindgen.engine.graphs import Shape, StepGraphs, why_no_graphs
+from mindgen.engine.graphs import Run, Shape, StepGraphs, _agree, why_no_graphs
 from mindgen.engine.kv_cache import KVCache
 from mindgen.engine.request import Output, Request, SamplingParams
 from mindgen.engine.runner import Runner
@@ -138,18 +138,74 @@ def test_steps_with_longer_queries_are_not_for_graphs() -> None:
     assert Shape.of(batch) == Shape(rows=4, blocks=4)
 
 
-def test_a_graph_that_keeps_a_number_of_its_capture_is_not_used(
-    checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+def replays_nothing(run: Run) -> tuple[Callable[[], None], Tensor]:
+    """What a graph is that kept everything of its capture."""
+    return lambda: None, run()
+
+
+def spoils_the_cache(run: Run) -> tuple[Callable[[], None], Tensor]:
+    """It writes keys and values of nothing."""
+    result = run()
+    stage = run.__self__._stage  # type: ignore[attr-defined]
+
+    def replay() -> None:
+        for memory in stage.cache.keys:
+            memory.flatten(0, 1)[run.__self__._numbers[3]] = 7.0  # type: ignore[attr-defined]
+        result.fill_(3.0)
+
+    return replay, result
+
+
+def finds_no_memory(run: Run) -> tuple[Callable[[], None], Tensor]:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("capture", "reason"),
+    [
+        (replays_nothing, "a replayed one differs from the model's"),
+        (spoils_the_cache, "a replayed one differs from the model's"),
+        (finds_no_memory, "there is not enough memory for one"),
+    ],
+)
+def test_graphs_that_do_not_work_are_not_used(
+    capture: Any, reason: str, checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Here all of them: it replays nothing. The answers stay right."""
-
-    def forgetful(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        return lambda: None, run()
-
-    opened, plain, replaying = twins(checkpoint("llama31"), forgetful)
+    """The answers stay right."""
+    opened, plain, replaying = twins(checkpoint("llama31"), capture)
     check(answers(opened, replaying), answers(opened, plain))
     assert isinstance(replaying.graphs, StepGraphs) and replaying.graphs.num_replayed == 0
-    assert "graphs: a replayed step differs from the model's" in capsys.readouterr().err
+    assert f"graphs: steps of 4 x 16 blocks go on without: {reason}\n" in capsys.readouterr().err
+
+
+def test_rows_are_compared_one_by_one() -> None:
+    """A large number in one of them hides nothing of the others."""
+    expected = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    expected[0, 0] = 1000
+    assert _agree(expected * (1 + 2.0**-8), expected)
+    for row in range(4):
+        found = expected.clone()
+        found[row] = expected[row - 1]
+        assert not _agree(found, expected)
+    found[row] = float("nan")
+    assert not _agree(found, expected)
+    expected[row, 3] = float("inf")
+    assert _agree(found, expected)  # an answer that is lost in any case
+
+
+def test_a_step_that_filled_up_would_take_more_than_the_cache_is_not_for_a_graph(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    source, recorder = open_source(checkpoint("llama31")), Recorder()
+    model = build_stage(source.spec, SINGLE, SingleGroup(), torch.float32, CPU)
+    load_weights(model, source, SINGLE)
+    for num_blocks, is_for_graphs in ((63, False), (64, True)):
+        cache = KVCache(model.num_layers, num_blocks, 4, model.num_kv_heads, model.head_dim, model.dtype, CPU, True)
+        batch = make_batch([(1, 2)] * 5 + [(1, 20)])  # filled up: 8 x 8 blocks
+        batch.tokens, batch.num_tokens = torch.arange(6), 6
+        with torch.inference_mode():
+            found = StepGraphs(model, cache, SdpaAttention(model.scores), recorder).forward(batch, None)
+        assert (found is not None) == is_for_graphs
 
 
 class OneDevice(TorchDispatchMode):
