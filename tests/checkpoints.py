@@ -6,6 +6,7 @@ transformers writes them, or, where it does not know the family, originals.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,10 @@ class Case:
     changes: tuple[Callable[[Any], None], ...] = ()
 
 
+# In the words of transformers 4, which transformers 5 reads too, and writes in its own.
+THETA = {"rope_theta": 700.0}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
-    "rope_theta": 500.0,
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -55,54 +57,52 @@ LLAMA3_ROPE = {
 }
 YARN_ROPE = {
     "rope_type": "yarn",
-    "rope_theta": 500.0,
     "factor": 4.0,
     "original_max_position_embeddings": 32,
     "beta_fast": 1.0,
     "beta_slow": 0.1,
 }
-PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 700.0, "partial_rotary_factor": 0.5}
+PARTIAL_ROPE = THETA | {"partial_rotary_factor": 0.5}
 TWELVE_HEADS = {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 12}  # no power of two
-EXPERTS = {
-    "num_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 40,
-    "rope_parameters": {"rope_theta": 700.0},
-}
+EXPERTS = THETA | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 LONG_ROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 700.0,
+    "type": "longrope",
     "short_factor": [1.0 + 0.3 * number for number in range(8)],
     "long_factor": [2.0 + number for number in range(8)],
-    "original_max_position_embeddings": 64,  # some prompts are longer, and some answers go beyond
 }
-LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}
+LINEAR_ROPE = {"rope_type": "linear", "factor": 3.0}
+
+
+def _scaled(rope: dict[str, Any], theta: float = 500.0) -> dict[str, Any]:
+    return {"rope_theta": theta, "rope_scaling": rope}
+
 
 CASES = {
-    "llama2": Case("Llama", {"num_key_value_heads": 4, "rope_parameters": LINEAR_ROPE}),
-    "llama31": Case("Llama", {"rope_parameters": LLAMA3_ROPE}),
-    "llama32": Case("Llama", {"rope_parameters": LLAMA3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True}),
-    "mistral": Case("Mistral", {"sliding_window": 24, "head_dim": 32, "rope_parameters": {"rope_theta": 700.0}}),
-    "qwen2": Case("Qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN_ROPE}),
-    "qwen25": Case("Qwen2", {"rope_parameters": {"rope_theta": 700.0}}),
+    "llama2": Case("Llama", {"num_key_value_heads": 4} | _scaled(LINEAR_ROPE)),
+    "llama31": Case("Llama", _scaled(LLAMA3_ROPE)),
+    "llama32": Case("Llama", _scaled(LLAMA3_ROPE | {"factor": 32.0}) | {"tie_word_embeddings": True}),
+    "mistral": Case("Mistral", {"sliding_window": 24, "head_dim": 32, "rope_theta": 700.0}),
+    "qwen2": Case("Qwen2", {"tie_word_embeddings": True} | _scaled(YARN_ROPE)),
+    "qwen25": Case("Qwen2", {"rope_theta": 700.0}),
     "gemma": Case("Gemma", {"head_dim": 32, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}),
     "gemma2": Case(
         "Gemma2",
         {"head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 11, "attn_logit_softcapping": 2.5}
-        | {"final_logit_softcapping": 4.0, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 700.0}},
+        | {"final_logit_softcapping": 4.0, "tie_word_embeddings": True, "rope_theta": 700.0},
     ),
-    "phi3": Case("Phi3", {"num_key_value_heads": 4, "sliding_window": 24, "rope_parameters": PARTIAL_ROPE}),
+    "phi3": Case("Phi3", {"num_key_value_heads": 4, "sliding_window": 24} | PARTIAL_ROPE),
     "phi35": Case(
-        "Phi3", {"num_key_value_heads": 4, "rope_parameters": LONG_ROPE, "original_max_position_embeddings": 64}
+        "Phi3",
+        {"num_key_value_heads": 4, "original_max_position_embeddings": 64}  # some prompts are longer, some get longer
+        | _scaled(LONG_ROPE, 700.0),
     ),
-    "glm": Case("Glm", {"head_dim": 32, "attention_bias": True, "rope_parameters": PARTIAL_ROPE}),
+    "glm": Case("Glm", {"head_dim": 32, "attention_bias": True} | PARTIAL_ROPE),
     "glm_edge": Case(
         "Glm",
-        {"head_dim": 32, "attention_bias": False, "tie_word_embeddings": True}
-        | {"rope_parameters": PARTIAL_ROPE | {"partial_rotary_factor": 1.0}},
+        {"head_dim": 32, "attention_bias": False, "tie_word_embeddings": True} | THETA | {"partial_rotary_factor": 1.0},
     ),
-    "glm4": Case("Glm4", {"head_dim": 32, "attention_bias": True, "rope_parameters": PARTIAL_ROPE}),
-    "glm4_32b": Case("Glm4", {"head_dim": 32, "attention_bias": False, "rope_parameters": PARTIAL_ROPE}),
+    "glm4": Case("Glm4", {"head_dim": 32, "attention_bias": True} | PARTIAL_ROPE),
+    "glm4_32b": Case("Glm4", {"head_dim": 32, "attention_bias": False} | PARTIAL_ROPE),
     "bloom": Case("Bloom", {"n_layer": 5, "n_head": 4, "layer_norm_epsilon": 1e-2, "tie_word_embeddings": True}),
     "gpt2": Case(
         "GPT2",
@@ -110,23 +110,21 @@ CASES = {
         | {"tie_word_embeddings": True},
         model="GPT2LMHeadModel",
     ),
-    "qwen3": Case("Qwen3", {"head_dim": 32, "rope_parameters": {"rope_theta": 700.0}}),
-    "mixtral": Case(
-        "Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": {"rope_theta": 700.0}}
-    ),
+    "qwen3": Case("Qwen3", {"head_dim": 32, "rope_theta": 700.0}),
+    "mixtral": Case("Mixtral", THETA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_moe": Case("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 56, "mlp_only_layers": [3]}),
     "qwen3_moe": Case("Qwen3Moe", EXPERTS | {"head_dim": 32, "norm_topk_prob": True, "decoder_sparse_step": 2}),
     "chatglm": Case(
         "Glm",
-        {"head_dim": 32, "attention_bias": True, "rope_parameters": PARTIAL_ROPE | {"rope_theta": 5000.0}},
+        {"head_dim": 32, "attention_bias": True} | PARTIAL_ROPE | {"rope_theta": 5000.0},
         original="chatglm",
     ),
     "baichuan": Case("Llama", {"num_key_value_heads": 4}, original="baichuan"),
     "baichuan2": Case("Llama", {"num_key_value_heads": 4}, original="baichuan", changes=(normalise_head,)),
     "baichuan_13b": Case("Llama", TWELVE_HEADS, original="baichuan", changes=(use_alibi,)),
     "baichuan2_13b": Case("Llama", TWELVE_HEADS, original="baichuan", changes=(use_alibi, normalise_head)),
-    "internlm2": Case("Llama", {"rope_parameters": {"rope_theta": 700.0}}, original="internlm2"),
-    "qwen": Case("Qwen2", {"num_key_value_heads": 4, "rope_parameters": {"rope_theta": 700.0}}, original="qwen"),
+    "internlm2": Case("Llama", {"rope_theta": 700.0}, original="internlm2"),
+    "qwen": Case("Qwen2", {"num_key_value_heads": 4, "rope_theta": 700.0}, original="qwen"),
 }
 
 
@@ -144,7 +142,9 @@ def make_model(name: str) -> Any:
     import transformers
 
     case = CASES[name]
-    config = getattr(transformers, f"{case.architecture}Config")(**_shape(case) | case.config)
+    config = getattr(transformers, f"{case.architecture}Config")(
+        **deepcopy(_shape(case) | case.config)
+    )  # some write into it
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = getattr(transformers, case.model or f"{case.architecture}ForCausalLM")(config).eval()

@@ -53,8 +53,13 @@ def packed(tensors: Tensors, parts: tuple[str, ...], target: str) -> Tensors:
 QKV = ("q_proj", "k_proj", "v_proj")
 
 
+def rope_of(config: Any) -> dict[str, Any]:
+    """A configuration with the rope's words, which transformers 5 keeps one deeper, among the others."""
+    words = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0} | config.to_dict()
+    return words | (words.get("rope_parameters") or {})
+
+
 def _chatglm(config: Any, tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
-    rope = config.rope_parameters
     words = {
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
@@ -66,7 +71,7 @@ def _chatglm(config: Any, tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
         "layernorm_epsilon": config.rms_norm_eps,
         "multi_query_attention": True,
         "multi_query_group_num": config.num_key_value_heads,
-        "rope_ratio": rope["rope_theta"] / 10000,
+        "rope_ratio": rope_of(config)["rope_theta"] / 10000,
         "add_bias_linear": False,
         "add_qkv_bias": True,
         "apply_query_key_layer_scaling": True,
@@ -109,7 +114,7 @@ def _baichuan(config: Any, tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
 
 def _internlm2(config: Any, tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
     words = {name: getattr(config, name) for name in _LLAMA | {"num_key_value_heads"}}
-    words |= {"bias": False, "attn_implementation": "eager", "rope_theta": config.rope_parameters["rope_theta"]}
+    words |= {"bias": False, "attn_implementation": "eager", "rope_theta": rope_of(config)["rope_theta"]}
     words["rope_scaling"] = {"type": "dynamic", "factor": 2.0}
     groups, width = config.num_key_value_heads, config.hidden_size
     for layer in range(config.num_hidden_layers):
@@ -137,7 +142,7 @@ def _qwen(config: Any, tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
         "kv_channels": config.hidden_size // config.num_attention_heads,
         "max_position_embeddings": 32768,
         "seq_length": config.max_position_embeddings,
-        "rotary_emb_base": config.rope_parameters["rope_theta"],
+        "rotary_emb_base": rope_of(config)["rope_theta"],
         "rotary_pct": 1.0,
         "use_dynamic_ntk": True,
         "use_logn_attn": True,

@@ -202,7 +202,7 @@ def _biases(value: object) -> tuple[tuple[int, float], ...]:
 def _whole(name: str, value: object, low: int, high: int | None = None) -> int:
     """The value as an int, whatever counts as one: numpy's and torch's whole numbers too, no truth value."""
     whole: int | None = None
-    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+    if isinstance(value, SupportsIndex) and not _is_truth(value):
         with suppress(TypeError):  # an array of several numbers, a tensor of no whole one
             whole = index(value)
     if whole is None or whole < low or (high is not None and whole > high):
@@ -213,11 +213,16 @@ def _whole(name: str, value: object, low: int, high: int | None = None) -> int:
 
 def _number(name: str, value: object, low: float, high: float | None = None) -> float:
     """The value as a float, whatever real number it is; no truth value."""
-    number, is_truth = nan, isinstance(value, bool)
-    if isinstance(value, Real) and not is_truth:
+    number = nan
+    if isinstance(value, Real) and not _is_truth(value):
         with suppress(OverflowError):
             number = float(value)
     if not isfinite(number) or number < low or (high is not None and number > high):
         limit = f"from {low}" + (" up" if high is None else f" to {high}")
         raise ValueError(f"{name} is {value!r}; it must be a number {limit}")
     return number
+
+
+def _is_truth(value: object) -> bool:
+    """Whether it is a bool, also one of torch or of numpy, where those pass for whole numbers."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")

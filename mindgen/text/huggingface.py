@@ -23,7 +23,7 @@ def load_with_transformers(folder: TokenizerFolder, use_fast: bool = True) -> Lo
     return LoadedTokenizer(
         vocabulary=TransformersVocabulary(tokenizer),
         source=str(folder.path),
-        special_tokens=dict(tokenizer.special_tokens_map),
+        special_tokens={name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
         chat_templates=folder.chat_templates,
     )
 

@@ -60,6 +60,7 @@ _REQUIRED: Config = {
     "add_cross_attention": False,
     "chunk_size_feed_forward": 0,
     "partial_rotary_factor": 1.0,
+    "pruned_heads": {},
 }
 # Of training, of text, of the library that wrote the file: nothing that changes a forward pass.
 _HARMLESS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import zlib
@@ -158,6 +159,7 @@ def write_torch(path: Path, entries: list[Entry], args: dict[str, Any], iteratio
             "model": model,
         }
         torch.save(shard, file)  # type: ignore[arg-type]
+        gc.collect()  # older versions of torch leave a cycle behind that keeps all they saved
         return {name: _record(tensor) for name, tensor in model.items()}
 
     return _write(path, advance, write)

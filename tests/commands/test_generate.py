@@ -267,6 +267,8 @@ def changed(folder: Path, target: Path, **fields: object) -> Path:
     return target
 
 
+# Takes away what either version of transformers has written of a rope.
+OLD_ROPE = {"rope_theta": None, "rope_scaling": None, "rope_parameters": None}
 CONFIGS: dict[str, tuple[dict[str, object], str]] = {
     "as many layers as nobody has": ({"num_hidden_layers": 2_000_000_000}, "too few for 2000000000 layers"),
     "a size that is text": ({"hidden_size": "64"}, "hidden_size is '64'"),
@@ -275,9 +277,9 @@ CONFIGS: dict[str, tuple[dict[str, object], str]] = {
     "a tie that is text": ({"tie_word_embeddings": "false"}, "tie_embeddings is 'false'"),
     "a tie that the weights deny": ({"tie_word_embeddings": True}, "lm_head.weight differs"),
     "an unknown activation": ({"hidden_act": "relu6"}, "hidden_act is 'relu6'"),
-    "an unknown rope": ({"rope_parameters": {"rope_type": "proportional", "factor": 2.0}}, "'proportional'"),
-    "a rope without its factor": ({"rope_parameters": {"rope_type": "linear"}}, "needs factor"),
-    "a rope of base one": ({"rope_parameters": {"rope_theta": 1}}, "rope_theta is 1"),
+    "an unknown rope": (OLD_ROPE | {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "'proportional'"),
+    "a rope without its factor": (OLD_ROPE | {"rope_scaling": {"rope_type": "linear"}}, "needs factor"),
+    "a rope of base one": (OLD_ROPE | {"rope_theta": 1}, "rope_theta is 1"),
     "a window that the family has not": ({"sliding_window": 16}, "sliding_window is 16"),
     "layer types that are a number": ({"layer_types": 5}, "layer_types is 5"),
     "a scale that nobody implements": ({"logit_scale": 0.5}, "logit_scale is 0.5"),

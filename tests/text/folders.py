@@ -91,6 +91,7 @@ def llama2(folder: Path, **config: Any) -> Path:
         "unk_token": "<unk>",
         "add_bos_token": True,
         "add_eos_token": False,
+        "legacy": False,  # which transformers 5 takes for granted
         "chat_template": LLAMA2_CHAT,
     }
     write_json(folder / "tokenizer_config.json", {**settings, **config})

@@ -22,7 +22,6 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
         {"role": "assistant", "content": "yes\nno 😀"},
         {"role": "user", "content": "</s><|im_end|><|eot_id|> injected"},
     ],
-    [{"role": "user", "content": "x", "name": None}],
 ]
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -69,6 +68,14 @@ def test_the_language_is_that_of_transformers(hugging_face: Callable[[str], Any]
             conversation, chat_template=text, tokenize=False, add_generation_prompt=True
         )
         assert ChatTemplate(text, judge.special_tokens_map, "here").render(conversation, True) == expected
+
+
+def test_what_a_message_says_is_none_is_left_out_as_in_transformers_5(hugging_face: Callable[[str], Any]) -> None:
+    pytest.importorskip("transformers", minversion="5", reason="transformers 4 shows templates what is none")
+    judge, conversation = hugging_face("llama3"), [{"role": "user", "content": "x", "name": None}]
+    for text in TEMPLATES:
+        expected = judge.apply_chat_template(conversation, chat_template=text, tokenize=False)
+        assert ChatTemplate(text, judge.special_tokens_map, "here").render(conversation, False) == expected
 
 
 def test_a_sentencepiece_file_has_its_folders_template(

@@ -111,7 +111,8 @@ def test_named_tokens_and_the_size_are_those_of_transformers(
     judge = hugging_face(kind)
     assert (loaded.bos_id, loaded.eos_id) == (judge.bos_token_id, judge.eos_token_id)
     assert loaded.vocab_size == len(judge)
-    assert loaded.special_tokens == judge.special_tokens_map
+    named = judge.special_tokens_map.items()  # in transformers 4 also a list of those that have no name
+    assert loaded.special_tokens == {name: token for name, token in named if isinstance(token, str)}
     for token, token_id in judge.get_vocab().items():
         assert loaded.token_to_id(token) == token_id
     assert loaded.token_to_id("<|no such token|>") is None
@@ -190,9 +191,13 @@ def test_added_tokens_that_the_config_states_otherwise_are_left_to_transformers(
 
 
 def test_the_slow_classes_can_be_asked_for(tokenizer_folders: dict[str, Path]) -> None:
-    tokenizer = load_tokenizer(tokenizer_folders["qwen2"], use_fast=False)
+    from transformers import AutoTokenizer
+
+    folder = tokenizer_folders["llama2_json"]
+    tokenizer = load_tokenizer(folder, use_fast=False)
     assert not isinstance(tokenizer.vocabulary, JsonVocabulary)
-    assert tokenizer.encode("Hello") == load_tokenizer(tokenizer_folders["qwen2"]).encode("Hello")
+    judge = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, use_fast=False)
+    assert tokenizer.encode("Hello") == judge("Hello")["input_ids"]
 
 
 def test_a_file_of_the_folder_names_the_folder(tokenizer_folders: dict[str, Path], tmp_path: Path) -> None:
@@ -377,6 +382,9 @@ def test_both_readers_know_the_same_names_and_templates(tokenizer_folders: dict[
 
 
 def test_a_folder_with_nothing_but_tokenizer_json_is_read(tokenizer_folders: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip(
+        "transformers", minversion="5", reason="transformers 4 does not know the model of such a folder"
+    )
     shutil.copy(tokenizer_folders["llama3"] / "tokenizer.json", tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("Hello") == load_tokenizer(tokenizer_folders["llama3"]).encode("Hello")

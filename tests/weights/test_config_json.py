@@ -12,6 +12,7 @@ import pytest
 from mindgen.spec import ModelSpec
 from mindgen.weights.config_json import spec_from_config
 from tests.checkpoints import CASES, LONG_ROPE, SHAPE, YARN_ROPE, make_model
+from tests.originals import rope_of
 from tests.weights.test_published import (
     BAICHUAN,
     BAICHUAN2,
@@ -33,7 +34,6 @@ from tests.weights.test_published_experts import MIXTRAL, QWEN3_30B, QWEN15_MOE
 LLAMA = SHAPE | {"model_type": "llama", "rms_norm_eps": 1e-2, "rope_theta": 700.0}
 QWEN2 = LLAMA | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2}
 MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": 24}
-YARN = {name: value for name, value in YARN_ROPE.items() if name != "rope_theta"}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 KINDS = ["full_attention", "sliding_attention"]
 TWO = "for glm4 mindgen implements True and False only"
@@ -113,7 +113,7 @@ def attributes(config: dict[str, Any]) -> dict[str, Any]:
     model = transformers.AutoConfig.for_model(config["model_type"], **rest)
     found = {ours: getattr(model, name, None) for ours, names in DEFAULTED.items() for name in names}
     stated = {ours: value for ours, value in found.items() if value is not None}
-    rope = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0} | (getattr(model, "rope_parameters", None) or {})
+    rope = rope_of(model)
     stated |= {"rope_theta": rope["rope_theta"], "rotary_percent": rope["partial_rotary_factor"]}
     return stated | {"sliding_window": getattr(model, "sliding_window", None) or None}
 
@@ -140,22 +140,35 @@ def test_with_all_left_out_that_can_be_the_rest_is_what_transformers_says(name: 
         GEMMA | {"hidden_act": "gelu"},
         GEMMA2 | {"hidden_act": "gelu"},
         GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
-        LLAMA | {"rope_scaling": LLAMA3},
-        LLAMA | {"rope_scaling": YARN, ORIGINAL: 32, "rope_theta": 700},
+        LLAMA | {"rope_scaling": YARN_ROPE, ORIGINAL: 32, "rope_theta": 700},
         LLAMA | {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 64}},
-        LLAMA | {"rope_scaling": YARN, "rope_parameters": YARN},
+        LLAMA | {"rope_scaling": YARN_ROPE, "rope_parameters": YARN_ROPE},
         PHI3 | {"partial_rotary_factor": 0.5, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-        LLAMA | {"rope_parameters": LONG_ROPE | {"rope_theta": 700.0, "factor": 8.0}},
-        without(ORIGINAL, LONG_PHI3) | {"rope_scaling": LONG | {ORIGINAL: 64}},
-        LONG_PHI3 | {"rope_scaling": LONG | {"factor": 8.0}},
+        LLAMA
+        | {"rope_parameters": LONG_ROPE | {"rope_theta": 700.0, "rope_type": "longrope", "factor": 8.0, ORIGINAL: 64}},
         PHI3 | {"partial_rotary_factor": 0.5},
-        *(PHI3 | {"rope_scaling": FACTORS | {word: "yarn"}} for word in ("type", "rope_type")),
+        PHI3 | {"rope_scaling": FACTORS | {"type": "yarn"}},
         LLAMA | {"rope_parameters": {"rope_theta": 700.0, "partial_rotary_factor": 1.0}},
         QWEN2 | {"layer_types": [*KINDS, *KINDS, "full_attention"]},
         BLOOM | {"hidden_act": "gelu"},
+        BLOOM | {"pruned_heads": {}},
     ],
 )
 def test_it_is_read_as_transformers_reads_it(config: dict[str, Any]) -> None:
+    assert read(config) == judged(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LLAMA | {"rope_scaling": LLAMA3},
+        without(ORIGINAL, LONG_PHI3) | {"rope_scaling": LONG | {ORIGINAL: 64}},
+        LONG_PHI3 | {"rope_scaling": LONG | {"factor": 8.0}},
+        PHI3 | {"rope_scaling": FACTORS | {"rope_type": "yarn"}},
+    ],
+)
+def test_it_is_read_as_transformers_5_reads_it(config: dict[str, Any]) -> None:
+    pytest.importorskip("transformers", minversion="5", reason="transformers 4 refuses such a rope_scaling")
     assert read(config) == judged(config)
 
 
@@ -171,7 +184,7 @@ def test_what_phi_3_calls_yarn_is_none() -> None:
     assert spec.rope_scaling is not None and spec.rope_scaling.kind == "longrope"
     assert spec.rope_scaling.short_factors == tuple(FACTORS["short_factor"])
     with pytest.raises(ValueError, match="longrope needs short_factor"):
-        read(PHI3 | {"rope_scaling": YARN | {"factor": 4.0, ORIGINAL: 4096}})
+        read(PHI3 | {"rope_scaling": YARN_ROPE | {"factor": 4.0, ORIGINAL: 4096}})
 
 
 def test_of_gemmas_two_words_each_model_has_its_own() -> None:
@@ -185,7 +198,7 @@ def test_of_gemmas_two_words_each_model_has_its_own() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (LLAMA | {"rope_scaling": YARN, "rope_parameters": YARN | {"factor": 2.0}}, "different things"),
+        (LLAMA | {"rope_scaling": YARN_ROPE, "rope_parameters": YARN_ROPE | {"factor": 2.0}}, "different things"),
         (
             LLAMA | {"rope_parameters": {"rope_theta": 700.0, "partial_rotary_factor": 0.5}},
             "partial_rotary_factor is 0.5",
@@ -195,6 +208,7 @@ def test_of_gemmas_two_words_each_model_has_its_own() -> None:
         (PHI3 | {"layer_types": KINDS * 16}, "all layers have the sliding_window"),
         (WITH_WINDOWS["qwen3_moe window"] | {"layer_types": KINDS * 24}, "all layers have the sliding_window"),
         (LLAMA | {"logit_scale": 0}, "logit_scale is 0"),
+        (LLAMA | {"pruned_heads": {"0": [1]}}, "pruned_heads is .*implements {} only"),
         (CHATGLM3 | {"rope_ratio": "x"}, "rope_ratio is 'x'"),
         (LLAMA | {"hidden_act": []}, r"hidden_act is \[\]"),
         (MISTRAL | {"num_hidden_layers": "x"}, "num_hidden_layers is 'x'"),
@@ -229,12 +243,12 @@ HUGE = 10**400
         (GLM4_0414 | {"rope_parameters": PARTS}, "partial_rotary_factor is 0.5, but 0.25 among"),
         (PHI3 | {"partial_rotary_factor": 0.5, "rope_scaling": LONG | PARTS}, "partial_rotary_factor is 0.5, but 0.25"),
         *(
-            (LLAMA | {"rope_scaling": YARN, ORIGINAL: said}, f"{ORIGINAL} is {said}, but 32 among")
+            (LLAMA | {"rope_scaling": YARN_ROPE, ORIGINAL: said}, f"{ORIGINAL} is {said}, but 32 among")
             for said in (16, None)
         ),
         *((LONG_PHI3 | {"rope_scaling": LONG | {ORIGINAL: 64}, ORIGINAL: said}, "but 64 among") for said in (32, None)),
         (LLAMA | {"rope_scaling": LLAMA3, ORIGINAL: 16}, f"{ORIGINAL} is 16, which counts among"),
-        (LLAMA | {"rope_scaling": without(ORIGINAL, YARN), ORIGINAL: 16}, f"{ORIGINAL} is 16, which counts among"),
+        (LLAMA | {"rope_scaling": without(ORIGINAL, YARN_ROPE), ORIGINAL: 16}, f"{ORIGINAL} is 16, which counts among"),
     ],
 )
 def test_a_rope_described_twice_and_differently_is_refused(config: dict[str, Any], words: str) -> None:

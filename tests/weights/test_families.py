@@ -172,7 +172,7 @@ def without_field(origin: Path, name: str, folder: Path) -> Path:
     """A copy of a folder whose `config.json` does not have a field."""
     shutil.copytree(origin, folder)
     config = json.loads((folder / "config.json").read_text())
-    del config[name]
+    config.pop(name, None)  # transformers 4 leaves out what the class has by default
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -189,7 +189,10 @@ SWITCHED = {"use_sliding_window": True, "sliding_window": 9}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, gelu": ("llama31", {"hidden_act": "gelu"}),
     "llama, tanh": ("llama31", {"hidden_act": "gelu_new"}),
-    "llama, yarn": ("llama31", {"rope_parameters": YARN_ROPE | {"attention_factor": 1.25}}),
+    "llama, yarn": (
+        "llama31",
+        {"rope_parameters": YARN_ROPE | {"rope_theta": 500.0, "attention_factor": 1.25}, "rope_scaling": None},
+    ),
     "gpt2, gelu": ("gpt2", {"activation_function": "gelu"}),
     "gemma2, exact": ("gemma2", {"hidden_activation": "gelu"}),
     "gemma2, layers": ("gemma2", {"layer_types": [FULL, SLIDING, SLIDING, FULL, FULL]}),
@@ -205,6 +208,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("qwen2_moe", SWITCHED | {"max_window_layers": 3}),
     "qwen3_moe": ("qwen3_moe", SWITCHED | {"max_window_layers": 3}),
 }
+# What transformers 5 makes of the change to qwen2_moe; transformers 4 knows no kinds of its layers.
+ALTERNATING = [SLIDING, FULL, SLIDING, FULL, FULL]
 
 
 @pytest.mark.parametrize(("name", "changes"), VARIANTS.values(), ids=VARIANTS)
@@ -224,6 +229,8 @@ def test_args_alone_say_what_is_unusual(
     convert("mg", tmp_path / "mg", "hf", tmp_path / "hf")
     assert open_source(tmp_path / "hf/mg2hf").spec == spec
     said, meant = (AutoConfig.from_pretrained(folder) for folder in (tmp_path / "hf/mg2hf", origin))
+    if name == "qwen2_moe" and not hasattr(meant, "layer_types"):
+        meant.layer_types = ALTERNATING
     for field in ("model_type", "sliding_window", "layer_types", "hidden_activation"):
         assert getattr(said, field, None) == getattr(meant, field, None)
 

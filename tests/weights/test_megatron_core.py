@@ -23,6 +23,7 @@ from mindgen.weights.open import open_source
 from tests.checkpoints import CASES
 from tests.model.test_decoder import difference
 from tests.model.test_layouts import WITH_EXPERTS
+from tests.originals import rope_of
 
 # The package around megatron.core, which itself takes seconds to import, and is imported by the program.
 pytest.importorskip("megatron", reason="megatron-core, which would judge our shards, is not installed")
@@ -159,7 +160,7 @@ def stated_by_config(config: Any) -> dict[str, Any]:
     """A transformers config in Megatron's words."""
     is_gpt = config.model_type == "gpt2"
     groups = config.num_attention_heads if is_gpt else config.num_key_value_heads
-    rope = getattr(config, "rope_parameters", None) or {"rope_theta": 10000}
+    rope = rope_of(config)
     return {
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
@@ -172,7 +173,7 @@ def stated_by_config(config: Any) -> dict[str, Any]:
         "seq_length": config.max_position_embeddings,
         "position_embedding_type": "learned_absolute" if is_gpt else "rope",
         "rotary_base": rope["rope_theta"],
-        "rotary_percent": rope.get("partial_rotary_factor", 1.0),
+        "rotary_percent": rope["partial_rotary_factor"],
         "rotary_interleaved": config.model_type == "glm",
         "norm_epsilon": config.layer_norm_epsilon if is_gpt else config.rms_norm_eps,
         "normalization": "LayerNorm" if is_gpt else "RMSNorm",
