@@ -80,6 +80,8 @@ def _join(ranks: Ranks, job: J | None, error: str | None, serve: Serve[J]) -> in
         engine = make_engine(model, runner)
         code = serve(job, engine)
         engine.close()
+        if runner.graphs is not None:
+            print(f"graphs: {runner.graphs.num_replayed} steps were replayed", file=sys.stderr)
         return code
 
 

@@ -77,8 +77,8 @@ class StepGraphs:
 
     @property
     def num_replayed(self) -> int:
-        """Shapes that are replayed by now."""
-        return sum(graph.is_replayed for graph in self._graphs.values())
+        """Steps so far whose results are a graph's alone."""
+        return sum(graph.num_replayed for graph in self._graphs.values())
 
     def forward(self, batch: Batch, hidden: Tensor | None) -> Tensor | None:
         """Hidden states [S, H] of a step of decodes; None for a step that the model is to compute as ever.
@@ -108,7 +108,7 @@ class _Graph:
     """The steps of one shape: the first one computed, the second captured, and the third compared as the second is.
 
     A number of the host's that differs between these two would stay as it was at the capture, and show.
-    is_trusted: False once a comparison failed or memory did not suffice.
+    is_trusted: False once a comparison failed or memory did not suffice. num_replayed: steps without a comparison.
     """
 
     def __init__(self, shape: Shape, stage: _Stage) -> None:
@@ -124,30 +124,28 @@ class _Graph:
         self._replay: Callable[[], None] | None = None
         self._result: Tensor | None = None
         self._num_steps = 0
+        self.num_replayed = 0
         self.is_trusted = True
-
-    @property
-    def is_replayed(self) -> bool:
-        return self._replay is not None
 
     def __call__(self, batch: Batch, hidden: Tensor | None) -> Tensor | None:
         """[S, H], which the next step does not overwrite; None if memory does not suffice."""
-        self._fill(batch, hidden)
         self._num_steps += 1
-        if self._num_steps == 1:
-            return self._run()[: batch.num_tokens]
-        if self._replay is None and not self._captured():
-            return None
-        if self._num_steps <= 1 + _NUM_COMPARED:
-            return self._compared(batch.num_tokens)
-        return self._replayed(batch.num_tokens)
-
-    def _captured(self) -> bool:
         try:
-            self._replay, self._result = self._stage.capture(self._run)
+            self._fill(batch, hidden)
+            return self._step(batch.num_tokens)
         except torch.OutOfMemoryError:
-            self._distrust("there is not enough memory for one")
-        return self.is_trusted
+            self._distrust("there is not enough memory for them")
+            return None
+
+    def _step(self, rows: int) -> Tensor:
+        if self._num_steps == 1:
+            return self._run()[:rows]
+        if self._replay is None:
+            self._replay, self._result = self._stage.capture(self._run)
+        if self._num_steps <= 1 + _NUM_COMPARED:
+            return self._compared(rows)
+        self.num_replayed += 1
+        return self._replayed(rows)
 
     def _distrust(self, reason: str) -> None:
         self.is_trusted, self._replay, self._result = False, None, None

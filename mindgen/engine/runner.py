@@ -51,6 +51,9 @@ class Stage(Protocol):
 class Graphs(Protocol):
     """Computes some steps by other means; see graphs.py."""
 
+    @property
+    def num_replayed(self) -> int: ...
+
     def forward(self, batch: Batch, hidden: Tensor | None) -> Tensor | None:
         """What `Stage.forward` gives, or None for a step that is not for it."""
         ...

@@ -62,7 +62,9 @@ def describe(model: Opened, runner: Runner) -> tuple[str, ...]:
     if not model.config.capture_graphs:
         return (cache,)
     used = (
-        f"none are captured: {runner.no_graphs}" if runner.no_graphs else "steps of decoding are captured and replayed"
+        f"none are captured: {runner.no_graphs}"
+        if runner.no_graphs
+        else "steps of decoding are captured, and replayed when their size comes again"
     )
     return cache, f"graphs: {used}"
 

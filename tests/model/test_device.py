@@ -101,7 +101,9 @@ def test_other_ways_compute_there(
     captures = config.capture_graphs and case in DENSE
     assert (accelerator.num_captured > 0) == captures
     if config.capture_graphs:
-        said = "graphs: steps of decoding are captured and replayed" if captures else "graphs: none are captured: which"
+        said = (
+            "graphs: steps of decoding are captured, and replayed" if captures else "graphs: none are captured: which"
+        )
         assert describe(Opened(config, open_source(Path(config.model))), runner)[-1].startswith(said)
 
 
@@ -116,7 +118,8 @@ def test_commands_run_there(tmp_path: Path, capfd: pytest.CaptureFixture[str], a
     files = ["--data_file", str(tmp_path / "in"), "--output_file", str(tmp_path / "out"), "--quiet"]
     asked = ["--model_name_or_path", str(DEMO), "--dtype", "fp32", "--chat_template", "none", "--max_length", "12"]
     assert main(["predict", *asked, *files, "--device", "gpu", "--mode", "static"]) == 0
-    assert "graphs: steps of decoding are captured and replayed" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "graphs: steps of decoding are captured, and replayed" in said and "graphs: 8 steps were replayed\n" in said
     assert json.loads((tmp_path / "out").read_text())["output"] + "\n" == expected and accelerator.num_captured == 1
     sizes = ["--batch-size", "2", "--input-len", "9", "--output-len", "4", "--repeats", "1"]
     report = tmp_path / "report.json"

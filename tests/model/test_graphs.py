@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,8 @@ def test_answers_are_those_of_the_model(case: str, checkpoint: Callable[[str], P
     recorder = Recorder()
     opened, plain, replaying = twins(checkpoint(case), recorder)
     expected, found = answers(opened, plain), answers(opened, replaying)
-    assert isinstance(replaying.graphs, StepGraphs) and replaying.graphs.num_replayed == recorder.num_captures >= 3
-    assert recorder.num_replays >= 20
+    assert isinstance(replaying.graphs, StepGraphs) and recorder.num_captures >= 3
+    assert 10 <= replaying.graphs.num_replayed < recorder.num_replays
     check(found, expected)
     assert plain.cache is not None and replaying.cache is not None
     blocks = slice(plain.cache.num_blocks)
@@ -156,26 +157,35 @@ def spoils_the_cache(run: Run) -> tuple[Callable[[], None], Tensor]:
     return replay, result
 
 
-def finds_no_memory(run: Run) -> tuple[Callable[[], None], Tensor]:
-    raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-@pytest.mark.parametrize(
-    ("capture", "reason"),
-    [
-        (replays_nothing, "a replayed one differs from the model's"),
-        (spoils_the_cache, "a replayed one differs from the model's"),
-        (finds_no_memory, "there is not enough memory for one"),
-    ],
-)
+@pytest.mark.parametrize("capture", [replays_nothing, spoils_the_cache])
 def test_graphs_that_do_not_work_are_not_used(
-    capture: Any, reason: str, checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    capture: Any, checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The answers stay right."""
     opened, plain, replaying = twins(checkpoint("llama31"), capture)
     check(answers(opened, replaying), answers(opened, plain))
     assert isinstance(replaying.graphs, StepGraphs) and replaying.graphs.num_replayed == 0
-    assert f"graphs: steps of 4 x 16 blocks go on without: {reason}\n" in capsys.readouterr().err
+    said = "graphs: steps of 4 x 16 blocks go on without: a replayed one differs from the model's\n"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("good", range(4))
+def test_where_memory_does_not_suffice_steps_go_on_without(
+    good: int, checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a step that is filled up, at its capture, or at a comparison."""
+    opened, plain, replaying = twins(checkpoint("llama31"), Recorder())
+    expected, calls = answers(opened, plain), count()
+    prepare = SdpaAttention.prepare_decodes
+
+    def prepare_some(*arguments: Any) -> Any:
+        if next(calls) >= good:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prepare(*arguments)
+
+    monkeypatch.setattr(SdpaAttention, "prepare_decodes", prepare_some)
+    check(answers(opened, replaying), expected)
+    assert "blocks go on without: there is not enough memory for them\n" in capsys.readouterr().err
 
 
 def test_rows_are_compared_one_by_one() -> None:
