@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from numbers import Real
+from operator import index
+from typing import Any, SupportsIndex
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # as flags say it, as torch does
-_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
 
 def option(default: Any, help: str, *flags: str, **more: Any) -> Any:
@@ -29,7 +31,8 @@ def flags_of(item: Field[Any]) -> tuple[str, ...]:
 class EngineConfig:
     """How to run it: over how many ranks, on which device, with how much memory.
 
-    A list is kept as a tuple. Raises ValueError for a value of another type or outside its range.
+    A list is kept as a tuple, and numbers of other types, such as numpy's, as int and float: ranks compare what it
+    prints. Raises ValueError for a value of another type or outside its range.
     """
 
     model: str = option("", "a Hugging Face folder or a Megatron directory of any TP x PP", "--load", "--model")
@@ -67,11 +70,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError(f"no model given; {named('model')} names a Hugging Face folder or a Megatron directory")
-        layers: object = self.num_layer_list
-        if isinstance(layers, list):
-            object.__setattr__(self, "num_layer_list", tuple(layers))
         for item in fields(self):
-            _check_type(named(item.name), getattr(self, item.name), str(item.type), item.metadata.get("choices"))
+            given = getattr(self, item.name)
+            kept = _checked(named(item.name), given, str(item.type), item.metadata.get("choices"))
+            object.__setattr__(self, item.name, kept)
         sizes = ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size")
         for name in (*sizes, "block_size", "max_batch_tokens"):
             value = getattr(self, name)
@@ -100,19 +102,60 @@ def named(name: str) -> str:
     return f"{name} ({flags_of(item)[0]})"
 
 
-def _check_type(name: str, value: object, annotation: str, choices: Sequence[str] | None) -> None:
-    """Compares with the field's annotation, such as `int | None`; tuples hold whole numbers."""
+def as_whole(value: object) -> int | None:
+    """The value as an int, whatever counts as one: numpy's and torch's whole numbers too. None for what does not, a
+    truth value included."""
+    if isinstance(value, SupportsIndex) and not _is_truth(value):
+        with suppress(TypeError):  # an array of several numbers, a tensor of no whole one
+            return index(value)
+    return None
+
+
+def as_real(value: object) -> float | None:
+    """The value as a float, whatever real number it is, infinity and NaN included. None for anything else, a truth
+    value and what is too large for a float included."""
+    if isinstance(value, Real) and not _is_truth(value):
+        with suppress(OverflowError):
+            return float(value)
+    return None
+
+
+def _is_truth(value: object) -> bool:
+    """Whether it is a bool, also one of torch or of numpy, where those pass for whole numbers."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+
+
+def _checked(name: str, value: object, annotation: str, choices: Sequence[str] | None) -> object:
+    """The value as it is kept. annotation: the field's, such as `int | None`; tuples hold whole numbers."""
     kind, _, optional = annotation.partition(" | ")
     if value is None and optional:
-        return
+        return None
     if choices is not None and value not in choices:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
-    if kind not in _KINDS:
-        _check_numbers(name, value)
-    elif not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):
+    if kind.startswith("tuple"):
+        return _whole_numbers(name, value)
+    kept = _KINDS[kind](value)
+    if kept is None:
         raise ValueError(f"{name} is {value!r}; it must be of type {annotation}")
+    return kept
 
 
-def _check_numbers(name: str, value: object) -> None:
-    if not (isinstance(value, tuple) and value and all(type(item) is int for item in value)):
+def _whole_numbers(name: str, value: object) -> tuple[int, ...]:
+    numbers = [as_whole(item) for item in value] if isinstance(value, list | tuple) else []
+    kept = tuple(number for number in numbers if number is not None)
+    if not kept or len(kept) < len(numbers):
         raise ValueError(f"{name} is {value!r}; it must be a tuple or list of whole numbers, for example (3, 2)")
+    return kept
+
+
+def _whole_or_real(value: object) -> int | float | None:
+    whole = as_whole(value)
+    return as_real(value) if whole is None else whole
+
+
+_KINDS: dict[str, Callable[[object], object]] = {
+    "int": as_whole,
+    "float": _whole_or_real,
+    "str": lambda value: value if isinstance(value, str) else None,
+    "bool": lambda value: value if isinstance(value, bool) else None,
+}

@@ -218,7 +218,7 @@ def figures(timelines: list[Timeline], model: Opened) -> dict[str, str]:
         "pp": str(model.config.pipeline_parallel_size),
         "request_num": str(count),
         "average_input_length": f"{summary.num_prompt / count:.2f}",
-        "average_output_length": f"{summary.num_new / count:.2f}",
+        "average_output_length": f"{summary.answer_length:.2f}",
         "latency_for_all": _ms(summary.seconds),
         "latency_for_per_infer": _ms(summary.latency.mean),
         "lpct": _ms(sum(first.values) / summary.num_prompt),

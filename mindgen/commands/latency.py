@@ -129,16 +129,23 @@ class Percentiles:
 class Summary:
     """All requests of a run. seconds: from the first arrival to the last end; the rest in seconds a request or token.
 
-    gap: between tokens. latency: from asking to the end. Rates count all requests and tokens over `seconds`.
+    num_answers: of all requests together. gap: between tokens. latency: from asking to the end. Rates count all
+    requests and tokens over `seconds`.
     """
 
     num_requests: int
+    num_answers: int
     num_prompt: int
     num_new: int
     seconds: float
     first_token: Percentiles
     gap: Percentiles
     latency: Percentiles
+
+    @property
+    def answer_length(self) -> float:
+        """Generated tokens of an answer, on average; NaN of an empty run."""
+        return self.num_new / self.num_answers if self.num_answers else math.nan
 
     @property
     def tokens_per_second(self) -> float:
@@ -156,6 +163,7 @@ def summarise(timelines: Iterable[Timeline]) -> Summary:
     ends = [line.end for line in lines if line.end is not None]
     return Summary(
         num_requests=len(lines),
+        num_answers=sum(line.num_answers for line in lines),
         num_prompt=sum(line.num_prompt for line in lines),
         num_new=sum(line.num_new for line in lines),
         seconds=max(ends) - min(line.arrival for line in lines) if ends else 0.0,

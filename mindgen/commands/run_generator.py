@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import isnan
 
@@ -16,7 +17,7 @@ from mindgen.commands.mindie.prompts import GeneratorPrompt, gather_prompts, tok
 from mindgen.commands.mindie.sampling import FLAGS, MindieSampling, read_json_list
 from mindgen.commands.mindie.token_files import check_token_ids
 from mindgen.commands.ranks import run_on_ranks
-from mindgen.config import EngineConfig
+from mindgen.config import EngineConfig, named
 from mindgen.engine.engine import Engine
 from mindgen.engine.request import Output, Request
 from mindgen.llm.result import Sample
@@ -63,7 +64,8 @@ def _prepare(arguments: list[str], rank: int) -> GeneratorJob:
     parsed = parser().parse_args(arguments)
     options, sampling = from_flags(GeneratorConfig, parsed), from_flags(MindieSampling, parsed)
     plugins = read_plugin_params(options.plugin_params)
-    config = engine_config(options, parsed, plugins)
+    with _as_given(options):
+        config = engine_config(options, parsed, plugins)
     check_plugins(plugins, config)
     model = open_model(config, given_flags(parsed), options.tokenizer)
     if rank:
@@ -73,6 +75,16 @@ def _prepare(arguments: list[str], rank: int) -> GeneratorJob:
     prompts, repeated = _repeated(tokenize(gather_prompts(options), model.tokenizer, options), options)
     requests = tuple(_request(number, prompt, sampling, model, options) for number, prompt in enumerate(prompts))
     return GeneratorJob(replace(model, notes=(*model.notes, *notes, *repeated)), options, tuple(prompts), requests)
+
+
+@contextmanager
+def _as_given(options: GeneratorConfig) -> Iterator[None]:
+    """Within it, a ValueError says --npu_mem of the size of the cache, if that flag gave it."""
+    try:
+        yield
+    except ValueError as error:
+        message, automatic = str(error), options.npu_mem == -1
+        raise ValueError(message if automatic else message.replace(named("kv_cache_memory"), "--npu_mem")) from None
 
 
 def _with_tokenizer(model: Opened, options: GeneratorConfig) -> Opened:
@@ -181,14 +193,15 @@ def _print_logprobs(place: str, answer: Sample) -> None:
 
 
 def _table(timelines: list[Timeline], most_together: int) -> str:
-    """What the run cost, as a Markdown table of one row; lengths and times are means over the requests, and `-` where
-    nothing is known: tokens that came all together have no time between them."""
+    """What the run cost, as a Markdown table of one row; lengths and times are means over the requests, but the output
+    length, which is one over their answers. `-` where nothing is known: tokens that came all together have no time
+    between them."""
     summary, count = summarise(timelines), len(timelines)
     values = (
         count,
         most_together,
         summary.num_prompt / count,
-        summary.num_new / count,
+        summary.answer_length,
         1000 * summary.first_token.mean,
         1000 * summary.gap.mean,
         1000 * summary.seconds,

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from math import isfinite, nan
-from numbers import Real
-from operator import index
-from typing import SupportsIndex
+from math import isfinite
 
+from mindgen.config import as_real, as_whole
 from mindgen.text.unicode import require_utf8
 
 SEED_LIMIT = 1 << 64
@@ -17,6 +14,7 @@ MOST_SAMPLES = 256  # samples or beams of one request
 _MOST_LOGPROBS = 1000
 _LARGEST = (1 << 31) - 1
 _SMALLEST = 1e-5  # below it float32 logits overflow
+_LARGEST_PENALTY = 1e5
 
 Strings = str | list[str] | tuple[str, ...]
 TokenIds = list[int] | tuple[int, ...]
@@ -110,17 +108,15 @@ class SamplingParams:
     def _keep_int(self, name: str, low: int, high: int) -> None:
         self._keep(name, _whole(name, getattr(self, name), low, high))
 
-    def _keep_float(self, name: str, low: float, high: float | None = None) -> None:
+    def _keep_float(self, name: str, low: float, high: float) -> None:
         self._keep(name, _number(name, getattr(self, name), low, high))
 
     def _check_filters(self) -> None:
-        self._keep_float("temperature", 0.0)
-        if 0 < self.temperature < _SMALLEST:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or at least {_SMALLEST}")
+        self._keep("temperature", _temperature(self.temperature))
         self._keep_int("top_k", 0, _LARGEST)
         self._keep_float("top_p", 0.0, 1.0)
         self._keep_float("min_p", 0.0, 1.0)
-        self._keep_float("repetition_penalty", _SMALLEST, 1 / _SMALLEST)
+        self._keep_float("repetition_penalty", _SMALLEST, _LARGEST_PENALTY)
         self._keep_float("presence_penalty", -2.0, 2.0)
         self._keep_float("frequency_penalty", -2.0, 2.0)
         self._keep_float("length_penalty", -10.0, 10.0)
@@ -159,10 +155,12 @@ class SamplingParams:
             )
         if self.stop:
             raise ValueError("beam search compares token sequences and knows no stop strings; use stop_token_ids")
-        if self.logprobs is not None or self.prompt_logprobs is not None:
-            raise ValueError(
-                "beam search reports no log-probabilities of tokens; leave logprobs and prompt_logprobs out"
-            )
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but a beam search reports no log-probabilities of tokens; "
+                    "leave it out"
+                )
         if self.best_of is not None:
             raise ValueError(f"best_of is {self.best_of}, but beams are ranked already; leave it out or num_beams")
 
@@ -200,29 +198,22 @@ def _biases(value: object) -> tuple[tuple[int, float], ...]:
 
 
 def _whole(name: str, value: object, low: int, high: int | None = None) -> int:
-    """The value as an int, whatever counts as one: numpy's and torch's whole numbers too, no truth value."""
-    whole: int | None = None
-    if isinstance(value, SupportsIndex) and not _is_truth(value):
-        with suppress(TypeError):  # an array of several numbers, a tensor of no whole one
-            whole = index(value)
+    whole = as_whole(value)
     if whole is None or whole < low or (high is not None and whole > high):
         limit = "" if high is None else f" to {high}"
         raise ValueError(f"{name} is {value!r}; it must be a whole number from {low}{limit or ' up'}")
     return whole
 
 
-def _number(name: str, value: object, low: float, high: float | None = None) -> float:
-    """The value as a float, whatever real number it is; no truth value."""
-    number = nan
-    if isinstance(value, Real) and not _is_truth(value):
-        with suppress(OverflowError):
-            number = float(value)
-    if not isfinite(number) or number < low or (high is not None and number > high):
-        limit = f"from {low}" + (" up" if high is None else f" to {high}")
-        raise ValueError(f"{name} is {value!r}; it must be a number {limit}")
+def _number(name: str, value: object, low: float, high: float) -> float:
+    number = as_real(value)
+    if number is None or not low <= number <= high:
+        raise ValueError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
     return number
 
 
-def _is_truth(value: object) -> bool:
-    """Whether it is a bool, also one of torch or of numpy, where those pass for whole numbers."""
-    return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+def _temperature(value: object) -> float:
+    number = as_real(value)
+    if number is None or not isfinite(number) or not (number == 0 or number >= _SMALLEST):
+        raise ValueError(f"temperature is {value!r}; it must be 0 (greedy) or a number from {_SMALLEST:g} up")
+    return number

@@ -21,6 +21,7 @@ from mindgen.llm.questions import (
     Prompt,
     Prompts,
     check_conversation,
+    check_single,
     is_conversation,
     is_single,
     make_config,
@@ -121,8 +122,9 @@ class LLM:
         """The answer to one prompt in pieces as they come: `text`, `token_ids`, and `finish_reason` with the last one.
 
         With n > 1 the pieces of all samples come mixed, told apart by `index`. Leaving the loop early aborts the rest.
-        Raises ValueError for a bad prompt.
+        Raises ValueError for a bad prompt and for a list of them.
         """
+        check_single(prompt, "stream", "generate")
         return self._pieces(make_questions([prompt], params, self._model))
 
     @overload
@@ -170,6 +172,7 @@ class LLM:
 
     async def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Output]:
         """As `stream`. Leaving the loop early aborts the rest, at once if the iterator is closed (`aclose`)."""
+        check_single(prompt, "astream", "agenerate")
         arrivals: asyncio.Queue[list[Output] | Exception] = asyncio.Queue()
         with Call(self._host, 1, _into(arrivals)) as call:
             call.ask(await asyncio.to_thread(make_questions, [prompt], params, self._model))

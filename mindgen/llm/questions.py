@@ -19,6 +19,7 @@ Prompt = str | Sequence[int]  # or what counts as one: a one-dimensional array o
 Prompts = Prompt | Sequence[Prompt]
 Params = SamplingParams | Sequence[SamplingParams] | None
 Conversation = Sequence[Mapping[str, Any]]  # messages with `role` and `content`
+_OWN_OPTIONS = ("tokenizer", "prompt_type")  # keywords of LLM that are no fields of EngineConfig
 _WANTED_PARAMS = "SamplingParams, or one for each prompt, such as SamplingParams(temperature=0)"
 
 
@@ -39,7 +40,7 @@ def make_config(model: str | Path | EngineConfig, options: Mapping[str, Any]) ->
     known = [field.name for field in fields(EngineConfig) if field.name != "model"]
     for name in options:
         if name not in known:
-            raise TypeError(f"LLM has no option {name!r}; it has {', '.join(known)}")
+            raise TypeError(f"LLM has no option {name!r}; it has {', '.join((*known, *_OWN_OPTIONS))}")
     if isinstance(model, EngineConfig):
         return replace(model, **options)
     if not isinstance(model, str | Path):
@@ -51,6 +52,17 @@ def is_single(prompts: Prompts) -> bool:
     """Whether it is one prompt: a text or token ids. An empty sequence is no prompt at all. ValueError for neither."""
     _check_sequence(prompts, "a text, token ids, or a list of such prompts")
     return isinstance(prompts, str) or (len(prompts) > 0 and _is_number(prompts[0]))
+
+
+def check_single(prompt: object, taker: str, of_lists: str) -> None:
+    """ValueError for several prompts, which the method `taker` does not take and `of_lists` does."""
+    if isinstance(prompt, str) or not _is_sequence(prompt) or not len(cast(Sequence[Any], prompt)):
+        return
+    first = cast(Sequence[Any], prompt)[0]
+    if isinstance(first, str) or _is_sequence(first):
+        raise ValueError(
+            f"{taker} takes one prompt, a text or token ids, not {prompt!r}; {of_lists} takes lists of them"
+        )
 
 
 def _is_number(value: object) -> bool:
@@ -74,9 +86,13 @@ def check_conversation(messages: object) -> None:
 
 
 def _check_sequence(value: object, wanted: str) -> None:
-    is_sequence = hasattr(value, "__len__") and hasattr(value, "__getitem__") and getattr(value, "ndim", 1) > 0
-    if isinstance(value, bytes | Mapping) or not is_sequence:
+    if not _is_sequence(value):
         raise ValueError(f"{value!r} is of type {type(value).__name__}; give {wanted}")
+
+
+def _is_sequence(value: object) -> bool:
+    is_sequence = hasattr(value, "__len__") and hasattr(value, "__getitem__") and getattr(value, "ndim", 1) > 0
+    return is_sequence and not isinstance(value, bytes | Mapping)
 
 
 def make_questions(prompts: Sequence[Prompt], params: Params, model: Opened) -> list[Question]:

@@ -98,6 +98,9 @@ def test_figures_by_hand() -> None:
     assert found["average_last_token"] == "150.0000 ms" and found["max_last_token"] == "200.0000 ms"
     assert found["qps"] == "4.0000 /s" and found["qpsPerNpu"] == "2.0000 /s"
     assert found["generate speed"] == "12.0000 tokens/s"
+    lines.append(Timeline(5, 0.0, num_answers=2, tokens={0: [(0.1, 3)], 1: [(0.1, 1)]}, end=0.1))
+    found = figures(lines, model)
+    assert (found["average_input_length"], found["average_output_length"]) == ("5.00", "2.50")
 
 
 class Recorder:
@@ -223,6 +226,20 @@ def test_bad_input_is_one_message_and_exit_code_2(run: Run, name: str) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "") and expected in err
     assert sum(line.startswith("mindgen: ") for line in err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--do_sample", "false"), "--do_sample false gives the same answer each time; leave one out"),
+        (("--temperature", "0"), "temperature 0 draws the same answer each time; leave one out"),
+    ],
+)
+def test_the_best_of_the_same_answer_is_refused_by_what_was_given(
+    run: Run, dataset: Path, options: tuple[str, ...], message: str
+) -> None:
+    code, out, err = run(dataset, "--best_of", "2", *options)
+    assert (code, out) == (2, "") and f"mindgen: --best_of is 2, but {message}\n" in err
 
 
 def test_the_requests_are_never_overwritten(run: Run, dataset: Path) -> None:

@@ -197,6 +197,10 @@ BAD = {
     "a top-k beyond all numbers": (("--task", "do_sample", "--top-k", "9" * 20), "--top-k is 9"),
     "a chat with several answers": (("--task", "chat", "--num-return-sequences", "2"), "--num-return-sequences"),
     "more answers than sequences": (("--num-return-sequences", "300"), "mindgen: --num-return-sequences is 300"),
+    "log-probabilities and beams": (
+        ("--task", "beam_search", "--logprobs", "1"),
+        "--logprobs is 1, but a beam search reports no log-probabilities of tokens; leave it out\n",
+    ),
     "stop strings and beams": (("--task", "beam_search", "--stop", "x"), "--add-eos-token"),
     "a comparison cut by stop strings": (("--compare-hf", str(DEMO), "--stop", "x"), "--stop"),
     "an end token outside the vocabulary": (("--add-eos-token", "5000"), "5000"),

@@ -135,6 +135,7 @@ def test_a_summary_counts_from_the_first_arrival_to_the_last_end() -> None:
     clock = Clock()
     summary = summarise(run_timed(OneAtATime(clock), [(2, request(n, 4)) for n in range(2)], clock, clock.wait))
     assert (summary.num_requests, summary.num_prompt, summary.num_new, summary.seconds) == (2, 6, 8, 8)
+    assert (summary.num_answers, summary.answer_length) == (2, 4) and math.isnan(summarise([]).answer_length)
     assert (summary.tokens_per_second, summary.requests_per_second) == (1.0, 0.25)
     assert summary.first_token.values == (1, 5) and summary.latency.values == (4, 8) and len(summary.gap) == 6
 

@@ -137,7 +137,8 @@ def test_several_answers_and_log_probabilities(run: Run) -> None:
     several = ("--do_post_process", "--temperature", "1", "--param_n", "2", "--top_logprobs", "2")
     _, out, _ = run("--input_texts", "x = ", *several, "--max_output_length", "3")
     assert all(f"{name}[0][{index}]: " in out for name in ("Answer", "Logprobs", "TopLogprobs") for index in (0, 1))
-    assert row(out)[3] == 6
+    (output, *_, speed), counts = row(out)[3:], re.findall(r"token num: \(0, (\d+)\)", out)
+    assert (output, counts) == (3, ["3", "3"]) and speed == pytest.approx(1000 * 6 / row(out)[6], rel=0.01)
 
 
 def test_a_beam_search(run: Run, tmp_path: Path) -> None:
@@ -229,6 +230,15 @@ BAD = {
     "adapters": (("--input_dict", "[]"), "--input_dict is not supported"),
     "copies": (("--dp", "2"), "--dp is 2"),
     "experts": (("--moe_ep", "4"), "expert parallel size 4"),
+    "a cache and a share": (
+        ("--npu_mem", "1", "--kv-cache-fraction", "0.5"),
+        "kv_cache_fraction (--kv-cache-fraction) 0.5 and --npu_mem 1.0 both say",
+    ),
+    "the engine's cache and a share": (
+        ("--kv-cache-memory", "1", "--kv-cache-fraction", "0.5"),
+        "0.5 and kv_cache_memory (--kv-cache-memory) 1.0 both say",
+    ),
+    "a cache beyond all sizes": (("--npu_mem", "2e9"), "mindgen: --npu_mem is 2000000000.0; it must be"),
     "no cache at all": (("--npu_mem", "0"), "--npu_mem is 0.0"),
     "a block too large": (("--block_size", "2048"), "--block_size is 2048; it must be 1 to 1024"),
     "a batch of none": (("--max_batch_size", "0"), "--max_batch_size is 0"),
@@ -253,6 +263,18 @@ BAD = {
     "stop strings that are numbers": (("--stop_strings", "[1]"), "--stop_strings [1]"),
     "several answers without processing": (("--param_n", "2"), "--do_post_process"),
     "fewer draws than answers": (("--do_post_process", "--param_n", "3", "--best_of", "2"), "--best_of is 2"),
+    "beams and their log-probabilities": (
+        ("--do_post_process", "--use_beam_search", "--best_of", "2", "--logprobs"),
+        "no log-probabilities of tokens; leave out --logprobs\n",
+    ),
+    "beams and those of other tokens": (
+        ("--do_post_process", "--use_beam_search", "--best_of", "2", "--top_logprobs", "1"),
+        "no log-probabilities of tokens; leave out --top_logprobs\n",
+    ),
+    "the best of answers that nothing says to draw": (
+        ("--do_post_process", "--best_of", "2"),
+        "--best_of is 2, but no flag says to draw answers; add --do_sample",
+    ),
     "one beam": (("--do_post_process", "--use_beam_search"), "--use_beam_search needs at least 2"),
     "a top-p above one": (("--do_post_process", "--top_p", "1.5"), "top_p is 1.5"),
     "the stop string in the text": (("--include_stop_str_in_output",), "--include_stop_str_in_output"),

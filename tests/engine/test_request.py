@@ -21,7 +21,8 @@ from mindgen.engine.request import Request, SamplingParams, derive_seed
         ({"max_new_tokens": torch.tensor(True)}, "max_new_tokens is tensor(True)"),
         ({"max_new_tokens": numpy.array([1, 2])}, "max_new_tokens is array([1, 2])"),
         ({"max_new_tokens": torch.tensor(2.5)}, "max_new_tokens is tensor(2.5000)"),
-        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": -0.1}, "temperature is -0.1; it must be 0 (greedy) or a number from 1e-05 up"),
+        ({"temperature": 1e-6}, "temperature is 1e-06; it must be 0 (greedy) or a number from 1e-05 up"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"temperature": True}, "temperature is True"),
@@ -29,7 +30,7 @@ from mindgen.engine.request import Request, SamplingParams, derive_seed
         ({"temperature": 10**400}, "temperature is 1000"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 1.01}, "top_p is 1.01"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it must be a number from 1e-05 to 100000"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, f"seed is {2**64}"),
         ({"stop": 5}, "stop is 5"),
@@ -44,13 +45,13 @@ from mindgen.engine.request import Request, SamplingParams, derive_seed
         ({"num_beams": 0}, "num_beams is 0"),
         ({"num_beams": 2, "n": 3}, "n is 3"),
         ({"num_beams": 2, "stop": ("x",)}, "stop strings"),
-        ({"num_beams": 2, "logprobs": 1}, "log-probabilities"),
+        ({"num_beams": 2, "logprobs": 1}, "logprobs is 1, but a beam search reports no log-probabilities"),
         ({"logprobs": -1}, "logprobs is -1"),
         ({"length_penalty": 99.0}, "length_penalty is 99.0"),
         ({"min_new_tokens": -1}, "min_new_tokens is -1; it must be a whole number from 0"),
         ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens is 9, above max_new_tokens"),
-        ({"min_p": 1.5}, "min_p is 1.5; it must be a number from 0.0 to 1.0"),
-        ({"presence_penalty": 2.1}, "presence_penalty is 2.1; it must be a number from -2.0 to 2.0"),
+        ({"min_p": 1.5}, "min_p is 1.5; it must be a number from 0 to 1"),
+        ({"presence_penalty": 2.1}, "presence_penalty is 2.1; it must be a number from -2 to 2"),
         ({"frequency_penalty": -3}, "frequency_penalty is -3"),
         ({"best_of": 0}, "best_of is 0"),
         ({"best_of": 257}, "best_of is 257; it must be a whole number from 1 to 256"),
@@ -58,9 +59,9 @@ from mindgen.engine.request import Request, SamplingParams, derive_seed
         ({"best_of": 2, "temperature": 0.0}, "temperature 0"),
         ({"best_of": 2, "num_beams": 2}, "best_of is 2, but beams"),
         ({"prompt_logprobs": 1001}, "prompt_logprobs is 1001; it must be a whole number from 0 to 1000"),
-        ({"prompt_logprobs": 0, "num_beams": 2}, "log-probabilities"),
+        ({"prompt_logprobs": 0, "num_beams": 2}, "prompt_logprobs is 0, but a beam search reports no"),
         ({"echo": 1}, "echo is 1"),
-        ({"logit_bias": {3: 101}}, "logit_bias of token 3 is 101; it must be a number from -100.0 to 100.0"),
+        ({"logit_bias": {3: 101}}, "logit_bias of token 3 is 101; it must be a number from -100 to 100"),
         ({"logit_bias": {-3: 1}}, "token id of logit_bias is -3"),
         ({"logit_bias": {"a": 1}}, "token id of logit_bias is 'a'"),
         ({"logit_bias": 7}, "logit_bias is 7"),
@@ -71,6 +72,11 @@ def test_a_value_out_of_range_is_named(options, named):
     with pytest.raises(ValueError) as caught:
         SamplingParams(**options)
     assert named in str(caught.value)
+
+
+def test_the_ends_of_a_range_are_in_it():
+    assert SamplingParams(temperature=1e-5, repetition_penalty=1e-5).temperature == 1e-5
+    assert SamplingParams(temperature=0, repetition_penalty=100000).repetition_penalty == 1e5
 
 
 def test_numbers_of_any_type_are_kept_as_pythons_own():

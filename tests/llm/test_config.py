@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 from mindgen import LLM, EngineConfig
@@ -16,6 +17,10 @@ from mindgen.config import named
     [
         ("block_size", "4", r"'4'; it must be of type int"),
         ("tensor_parallel_size", True, r"True; it must be of type int"),
+        ("tensor_parallel_size", numpy.bool_(True), r"(np\.)?True_?; it must be of type int"),
+        ("block_size", numpy.float64(16), r"(np\.float64\()?16\.0\)?; it must be of type int"),
+        ("kv_cache_memory", numpy.bool_(True), r"(np\.)?True_?; it must be of type float"),
+        ("num_layer_list", (3, True), r"\(3, True\); it must be a tuple or list of whole numbers"),
         ("dtype", "fp99", r"'fp99'; choose one of fp32, bf16, fp16"),
         ("device", None, r"None; choose one of auto"),
         ("prefix_reuse", "no", r"'no'; it must be of type bool"),
@@ -29,6 +34,21 @@ def test_a_value_of_another_type_is_named(name: str, value: Any, complaint: str)
     for make in (EngineConfig, LLM):
         with pytest.raises(ValueError, match=rf"{name} \(--[a-z-]+\) is {complaint}"):
             make("model", **{name: value})
+
+
+def test_numbers_of_any_type_are_kept_as_pythons_own() -> None:
+    """Ranks compare a digest of what a configuration prints."""
+    numbers: dict[str, Any] = {
+        "block_size": numpy.int64(16), "tensor_parallel_size": numpy.uint8(2), "kv_cache_memory": numpy.float32(0.5),
+        "num_layer_list": [numpy.int32(3), 2],
+    }  # fmt: skip
+    plain = {"block_size": 16, "tensor_parallel_size": 2, "kv_cache_memory": 0.5, "num_layer_list": (3, 2)}
+    made, same = EngineConfig("model", **numbers), EngineConfig("model", **plain)
+    assert made == same and hash(made) == hash(same) and repr(made) == repr(same)
+    for memory in (numpy.int64(4), 4):
+        assert "kv_cache_memory=4," in repr(EngineConfig("model", kv_cache_memory=memory))
+    share = EngineConfig("model", kv_cache_fraction=numpy.float64(0.25))
+    assert type(share.kv_cache_fraction) is float and "kv_cache_fraction=0.25," in repr(share)
 
 
 def test_a_list_is_kept_as_a_tuple() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import fields
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,13 @@ def cramped(checkpoint: Callable[[str], Path]) -> Iterator[LLM]:
 def test_an_unknown_option_is_a_type_error_that_names_it() -> None:
     with pytest.raises(TypeError, match="tensor_paralel_size.*tensor_parallel_size"):
         LLM(DEMO, tensor_paralel_size=2)
+
+
+def test_all_keywords_there_are_are_named() -> None:
+    keywords = [name for name, each in signature(LLM).parameters.items() if each.kind is Parameter.KEYWORD_ONLY]
+    fields_of_config = [field.name for field in fields(EngineConfig) if field.name != "model"]
+    with pytest.raises(TypeError, match=f"'foo'; it has {', '.join(fields_of_config + keywords)}$"):
+        LLM(DEMO, foo=1)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +79,26 @@ def test_one_bad_prompt_of_a_hundred_is_named_before_any_runs(demo: LLM, bad: An
     with pytest.raises(ValueError, match=message):
         demo.generate(["def f"] * 99 + [bad], LONG)
     assert not waiting(demo)
+
+
+async def _drain(pieces: AsyncIterator[Any]) -> None:
+    async for _ in pieces:
+        pass
+
+
+@pytest.mark.parametrize("bad", [["a", "b"], ("a",), [[1, 2], [3]], numpy.array([[1, 2]])])
+def test_a_stream_of_several_prompts_says_who_takes_them(demo: LLM, bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"^stream takes one prompt, .*; generate takes lists of them"):
+        demo.stream(bad)
+    with pytest.raises(ValueError, match=r"^astream takes one prompt, .*; agenerate takes lists of them"):
+        asyncio.run(_drain(demo.astream(bad)))
+    assert not waiting(demo)
+
+
+@pytest.mark.parametrize("bad", [[1, "a"], [1.0, 2.0], 5, {"role": "user"}])
+def test_a_stream_of_no_prompt_at_all_is_told_so(demo: LLM, bad: Any) -> None:
+    with pytest.raises(ValueError, match="the prompt: .* is neither a text nor a sequence of token ids"):
+        demo.stream(bad)
 
 
 def test_what_only_the_engine_can_refuse_leaves_nothing_behind(demo: LLM) -> None:

@@ -67,6 +67,8 @@ class MindieSampling:
             raise ValueError(f"--best_of is {self.best_of}, less than --param_n {self.param_n}; raise --best_of")
         if self.use_beam_search and self._num_beams < 2:
             raise ValueError("--use_beam_search needs at least 2 beams; set --best_of")
+        if self.use_beam_search:
+            self._check_beams()
 
     def without_post_process(self) -> tuple[MindieSampling, list[str]]:
         """What is left when post-processing is off, and the flags that were given in vain. ValueError for several
@@ -85,8 +87,23 @@ class MindieSampling:
 
     def params(self, max_new_tokens: int) -> SamplingParams:
         """What every request asks. Raises ValueError for values out of range."""
+        self._check_best_of()
         with by_flags(FLAGS):
             return self._params(max_new_tokens)
+
+    def _check_beams(self) -> None:
+        given = " and ".join(f"--{name}" for name in ("logprobs", "top_logprobs") if getattr(self, name))
+        if given:
+            raise ValueError(f"--use_beam_search reports no log-probabilities of tokens; leave out {given}")
+
+    def _check_best_of(self) -> None:
+        if self.use_beam_search or self._num_beams == self.param_n or self._draws:
+            return
+        if self.do_sample is None:
+            raise ValueError(f"--best_of is {self.best_of}, but no flag says to draw answers; add --do_sample")
+        raise ValueError(
+            f"--best_of is {self.best_of}, but --do_sample false gives the same answer each time; leave one out"
+        )
 
     def _params(self, max_new_tokens: int) -> SamplingParams:
         several, draws = self._num_beams > self.param_n, self._draws
