@@ -285,14 +285,19 @@ def config_from_spec(spec: ModelSpec) -> Config:
         config["layer_types"] = [
             "full_attention" if spec.window(layer) is None else "sliding_attention" for layer in range(spec.num_layers)
         ]
-    if spec.expert_layers is not None:
+    if "mlp_only_layers" in config:
         config["mlp_only_layers"] = [layer for layer in range(spec.num_layers) if not spec.has_experts(layer)]
     if spec.rope_scaling is not None:
-        values = {theirs: getattr(spec.rope_scaling, ours) for ours, theirs in _SCALING_FIELDS.items()}
+        values = {theirs: _plain(getattr(spec.rope_scaling, ours)) for ours, theirs in _SCALING_FIELDS.items()}
         config["rope_scaling"] = {"rope_type": spec.rope_scaling.kind}
         config["rope_scaling"] |= {name: value for name, value in values.items() if value is not None}
         config |= {_ORIGINAL: values[_ORIGINAL]} if _ORIGINAL in config else {}
     return _only_if_it_says(spec, config)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON holds it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _only_if_it_says(spec: ModelSpec, config: Config) -> Config:

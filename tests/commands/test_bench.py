@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from mindgen.__main__ import main
 from mindgen.commands.bench import parser
 from mindgen.commands.bench.job import prepare
+from mindgen.commands.bench.rival_config import find_config
+from mindgen.weights.open import open_source
+from mindgen.weights.source import Source
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "demo" / "model"
@@ -144,6 +149,61 @@ def test_random_weights_make_a_model_that_ranks_and_transformers_agree_on(shape:
     report = json.loads(file.read_text())
     assert report["results"][0]["hf"]["answers_with_the_same_tokens"] == 2
     assert len(report["memory"]["ranks"]) == 2 == report["run"]["tensor_parallel_size"]
+
+
+ENDS = {"eos_token_id": list(range(331))}
+
+
+def test_transformers_makes_models_of_every_kind_of_config(
+    bench: Bench, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Lists in it, words of its own, a file in which every token is an end of text."""
+    experts = json.loads((checkpoint("qwen3_moe") / "config.json").read_text()) | {"decoder_sparse_step": 1}
+    (tmp_path / "experts.json").write_text(json.dumps(experts))
+    shutil.copytree(checkpoint("gpt2"), tmp_path / "gpt2")
+    ends = json.loads((checkpoint("gpt2") / "config.json").read_text()) | ENDS
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(ends))
+    sources = [("--load", str(checkpoint(name))) for name in ("phi35", "bloom")]
+    sources += [("--load", str(tmp_path / "gpt2")), ("--random-weights", str(tmp_path / "gpt2"))]
+    sources += [("--random-weights", str(tmp_path / "experts.json"))]
+    for source in sources:
+        grid = ("--batch-size", "2", "--input-len", "20", "--output-len", "5", "--repeats", "1", "--warmup", "0")
+        report, _ = bench(*source, *grid, "--vs", "hf")
+        (entry,) = report["results"]
+        assert entry["hf"]["answers_with_the_same_tokens"] == 2, source
+        assert entry["hf"]["tokens_before_a_difference"] == 2 * 5
+
+
+@pytest.mark.parametrize("name", ["baichuan", "chatglm", "internlm2", "qwen"])
+def test_a_model_that_transformers_has_not_is_refused_before_weights_are_read(
+    name: str, checkpoint: Callable[[str], Path]
+) -> None:
+    arguments = ["--load", str(checkpoint(name)), "--input-len", "16", "--output-len", "4", "--vs", "hf"]
+    with pytest.raises(ValueError, match=f"^--vs hf: transformers has no {name}; leave it out$"):
+        prepare(parser().parse_args(arguments), arguments, 0)
+
+
+def test_which_models_transformers_has_is_known_without_loading_it() -> None:
+    code = """
+import sys
+from mindgen.commands.bench.rival_config import is_known
+from mindgen.weights.families import FAMILIES, model_type_of
+known = {name: is_known(name) for name in map(model_type_of, FAMILIES)}
+assert "transformers" not in sys.modules
+from transformers import CONFIG_MAPPING
+assert known == {name: name in CONFIG_MAPPING for name in known}, known
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_config_that_transformers_needs_and_that_is_not_there_is_asked_for(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = open_source(checkpoint("bloom"))
+    moved = SimpleNamespace(spec=source.spec, path=tmp_path, text_folders=(tmp_path,))
+    with pytest.raises(ValueError, match="needs the config.json of a bloom model, .* put it there, or leave out"):
+        find_config(cast(Source, moved), None)
 
 
 BAD = {

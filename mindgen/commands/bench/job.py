@@ -9,7 +9,8 @@ from pathlib import Path
 from mindgen.commands.bench.bounds import count_work
 from mindgen.commands.bench.options import BenchConfig
 from mindgen.commands.bench.random_weights import RandomSource
-from mindgen.commands.bench.shapes import find_shape
+from mindgen.commands.bench.rival_config import find_config
+from mindgen.commands.bench.shapes import find_shape, shape_file
 from mindgen.commands.bench.workload import Words
 from mindgen.commands.flags import from_flags
 from mindgen.config import PRECISIONS, EngineConfig
@@ -17,17 +18,19 @@ from mindgen.parallel.topology import split_layers
 from mindgen.startup.cache_size import MOST_SEQUENCES
 from mindgen.startup.opened import Opened, TokenizerChoice, open_model, with_tokenizer
 from mindgen.startup.ready import computing_dtype
+from mindgen.weights.families.family import Config
 from mindgen.weights.rows import check_divides
 
 
 @dataclass(frozen=True)
 class BenchJob:
-    """A checked command line. Only rank 0 has words."""
+    """A checked command line. Only rank 0 has words, and the `config.json` of the rival if there is one."""
 
     model: Opened
     options: BenchConfig
     arguments: tuple[str, ...]
     words: Words | None = None
+    rival: Config | None = None
 
     @property
     def itemsize(self) -> int:
@@ -65,7 +68,13 @@ def prepare(parsed: argparse.Namespace, arguments: list[str], rank: int) -> Benc
     if rank:
         return job
     options.check_files()
+    if options.vs is not None:
+        job = replace(job, rival=find_config(model.source, _shape_file(options)))
     return _with_words(job)
+
+
+def _shape_file(options: BenchConfig) -> Path | None:
+    return None if options.random_weights is None else shape_file(options.random_weights)
 
 
 def _config(parsed: argparse.Namespace) -> EngineConfig:

@@ -15,8 +15,8 @@ from mindgen.commands.bench.machine import Machine
 from mindgen.device import synchronize
 from mindgen.engine.request import Request
 from mindgen.parallel.topology import SINGLE
-from mindgen.weights.config_json import config_from_spec
 from mindgen.weights.families import find_family, rows_of
+from mindgen.weights.families.family import Config
 from mindgen.weights.rows import axis_sizes, parameters
 from mindgen.weights.source import Source
 
@@ -36,11 +36,12 @@ class Rivalry:
 class Rival:
     """A transformers model in this process, on rank 0's device, with the CPU threads of all ranks together."""
 
-    def __init__(self, source: Source, machine: Machine, dtype: torch.dtype):
+    def __init__(self, source: Source, config: Config, machine: Machine, dtype: torch.dtype):
         print("bench: loading transformers", file=sys.stderr)
         self._machine = machine
-        model = _load(source, dtype).to(machine.device)
+        model = _load(source, config, dtype).to(machine.device)
         self._model = model.eval()
+        self._model.generation_config = _settings(1)  # its own ends of text would count beside ours
 
     def run(self, requests: list[Request]) -> Rivalry:
         """All requests as one batch, shorter prompts padded on the left, greedily, until the longest answer is there.
@@ -96,14 +97,14 @@ def _padded(requests: list[Request], device: torch.device) -> tuple[Tensor, Tens
     return torch.tensor(rows, device=device), torch.tensor(masks, device=device)
 
 
-def _load(source: Source, dtype: torch.dtype) -> Any:
+def _load(source: Source, fields: Config, dtype: torch.dtype) -> Any:
     """The model of any source: its configuration and tensors as transformers names them."""
     import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    fields = config_from_spec(source.spec)
-    config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    # Masks alone say what is padding, and a format's own default for it may lie beyond a small vocabulary.
+    config = transformers.AutoConfig.for_model(**fields | {"pad_token_id": None})
     model_class = getattr(transformers, find_family(source.spec.family).architecture)
     return model_class.from_pretrained(None, config=config, state_dict=_tensors(source, dtype), dtype=dtype)
 

@@ -78,7 +78,8 @@ def _measure_all(
     for task in tasks:
         run_ours(task, engine, task.arrivals("memory"))
     held = memory.now()
-    rival = Rival(job.model.source, machine, machine.dtype)
+    assert job.rival is not None
+    rival = Rival(job.model.source, job.rival, machine, machine.dtype)
     return [measure(task, engine, rival, job.options, machine) for task in tasks], held
 
 

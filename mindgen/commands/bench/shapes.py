@@ -39,9 +39,7 @@ def find_shape(name: str, dtype: str) -> ModelSpec:
     if name in _SHAPES:
         config = dict(zip(_FIELDS, _SHAPES[name], strict=True))
         return spec_from_config(config | {"sliding_window": None}, dtype, name)
-    path = Path(name)
-    if path.is_dir():
-        path = path / "config.json"
+    path = shape_file(name)
     if not path.exists():
         raise ValueError(
             f"--random-weights {name} is no config.json, no folder with one, and no known shape; "
@@ -50,3 +48,9 @@ def find_shape(name: str, dtype: str) -> ModelSpec:
     config = read_json(path)
     stated = config.get("dtype") or config.get("torch_dtype")
     return spec_from_config(config, None if stated else dtype, str(path))
+
+
+def shape_file(name: str) -> Path:
+    """The config.json that `name` means if it is no known shape: the file, or in its folder."""
+    path = Path(name)
+    return path / "config.json" if path.is_dir() else path
