@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tests.model.recorded import Recording
 
 CPU, DEVICE = torch.device("cpu"), torch.device("meta")
-_CROSSING = (torch.ops.aten._to_copy, torch.ops.aten.to, torch.ops.aten.copy_, torch.ops.aten.index)
-_CROSSING += (torch.ops.aten.index_put_, torch.ops.aten.index_put)
+_COPIES = (torch.ops.aten._to_copy, torch.ops.aten.to, torch.ops.aten.copy_)
+_INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put_, torch.ops.aten.index_put)
 
 
 class OnDevice(Tensor):
@@ -79,8 +79,8 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     leaves = tree_leaves((args, kwargs))
     mine = [leaf for leaf in leaves if isinstance(leaf, OnDevice)]
     asked = [leaf for leaf in leaves if isinstance(leaf, torch.device)]
-    if mine and func.overloadpacket not in _CROSSING:
-        others = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, OnDevice)]
+    if mine and func.overloadpacket not in _COPIES:
+        others = [leaf for leaf in _not_indices(func, args, leaves) if not isinstance(leaf, OnDevice)]
         assert all(other.dim() == 0 for other in others), f"{func} has tensors on the CPU and on the device"
     results = func(*tree_map(_on_cpu, args), **tree_map(_on_cpu, kwargs))
     lands = asked[-1] == DEVICE if asked else _lands_on_device(func, args, bool(mine))
@@ -90,9 +90,16 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return tree_map(lambda leaf: known.get(id(leaf), OnDevice(leaf)) if isinstance(leaf, Tensor) else leaf, results)
 
 
+def _not_indices(func: Any, args: Any, leaves: list[Any]) -> list[Tensor]:
+    """The tensors that must be on one device: all but the indices of one on the device, which are brought there."""
+    if func.overloadpacket in _INDEXING and isinstance(args[0], OnDevice):
+        leaves = tree_leaves((args[0], args[2:]))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
 def _lands_on_device(func: Any, args: Any, has_mine: bool) -> bool:
-    """Without a device named: where its tensors are, and for what is written in place, where it is."""
-    return isinstance(args[0], OnDevice) if func.overloadpacket in _CROSSING else has_mine
+    """Without a device named: where its tensors are, and a copy where it is written."""
+    return isinstance(args[0], OnDevice) if func.overloadpacket in _COPIES else has_mine
 
 
 def _on_cpu(leaf: Any) -> Any:

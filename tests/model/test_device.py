@@ -65,7 +65,15 @@ def test_devices_do_not_meet() -> None:
     """Else the tests below would show nothing."""
     there, here = torch.arange(3, device=DEVICE), torch.arange(3)
     assert (there + 1).tolist() == [1, 2, 3] and there[here].device == DEVICE and there.cpu().tolist() == [0, 1, 2]
-    for mix in (lambda: there + here, lambda: torch.cat([there, here]), lambda: here.index_add_(0, there, here)):
+    mixes = (
+        lambda: there + here,
+        lambda: torch.cat([there, here]),
+        lambda: here.index_add_(0, there, here),
+        lambda: here[there],
+        lambda: here.index_put_((here,), there),
+        lambda: there.index_put_((here,), here),
+    )
+    for mix in mixes:
         with pytest.raises(AssertionError, match="has tensors on the CPU and on the device"):
             mix()
 
