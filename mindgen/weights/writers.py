@@ -159,7 +159,7 @@ def write_torch(path: Path, entries: list[Entry], args: dict[str, Any], iteratio
             "model": model,
         }
         torch.save(shard, file)  # type: ignore[arg-type]
-        gc.collect()  # older versions of torch leave a cycle behind that keeps all they saved
+        gc.collect(1)  # older versions of torch leave a cycle behind that keeps all they saved; all is young
         return {name: _record(tensor) for name, tensor in model.items()}
 
     return _write(path, advance, write)
